@@ -1,0 +1,188 @@
+"""Every default in one place: frozen dataclasses that validate themselves.
+
+The command line (cli.py), the Python API (run.py) and the run folder's config.yaml all carry exactly these fields.
+Floor F0: imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+CFName = Literal["mf", "lightgcn", "sasrec", "din"]
+MapperInput = Literal["embedding", "+stats", "+pair", "+stats+pair"]
+Loss = Literal["yes", "yes-no"]
+Stage = Literal["lora", "cie", "both"]
+
+
+def _require(ok: bool, name: str, rule: str, value: object) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {rule}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What `collm-fast prepare` does to raw data. `split=None` and `history=None` mean the source's own default."""
+
+    source: Literal["ml-100k", "ml-1m", "collm", "amazon", "recbole", "table"] = "ml-100k"
+    input: Path | None = None
+    out: Path = Path("data/ml-100k")
+    split: Literal["calendar", "user"] | None = None
+    # row: the history grows at every row (the paper). block: rows of a user share the history of their block's start.
+    history: Literal["row", "block"] | None = None
+    history_block: int = 8
+    like_threshold: float = 4.0
+    user_column: str = "user"
+    item_column: str = "item"
+    rating_column: str = "rating"
+    timestamp_column: str = "timestamp"
+    title_column: str = "title"
+    items: Path | None = None  # `table` only: a CSV or Parquet file with the item and title columns
+    max_bad_fraction: float = 0.01
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.history_block >= 1, "prepare.history_block", "at least 1", self.history_block)
+        _require(0 <= self.max_bad_fraction < 1, "prepare.max_bad_fraction", "in [0, 1)", self.max_bad_fraction)
+
+
+@dataclass(frozen=True)
+class CFConfig:
+    """A collaborative model and its training. None means the model's own recipe (`models/cf`)."""
+
+    model: CFName = "mf"
+    dim: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    loss: Literal["bce", "bpr"] = "bce"
+    bias: bool = False
+    # official: N(0, 1), as published; it stalls for some seeds. scaled: never does, and is the default.
+    init: Literal["scaled", "official"] = "scaled"
+    num_layers: int = 2
+    batch_size: int = 2048
+    max_epochs: int = 2000
+    patience: int = 100
+    # The fraction of each user's train rows, latest first, that the model never sees: stage 2 can train on those.
+    held_out: float = 0.0
+    seed: int = 2023
+
+    def __post_init__(self) -> None:
+        _require(self.dim is None or self.dim >= 1, "cf.dim", "at least 1", self.dim)
+        _require(self.num_layers >= 0, "cf.num_layers", "at least 0", self.num_layers)
+        _require(0 <= self.held_out < 1, "cf.held_out", "in [0, 1)", self.held_out)
+        _require(self.batch_size >= 1, "cf.batch_size", "at least 1", self.batch_size)
+        _require(self.patience >= 1, "cf.patience", "at least 1", self.patience)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The two prompts; a text, or `@FILE` with one template a line. None means the built-in of the dataset's domain."""
+
+    stage1: str | None = None
+    stage2: str | None = None
+    history_length: int = 10
+    yes: str = "Yes"
+    no: str = "No"
+
+    def __post_init__(self) -> None:
+        _require(self.history_length >= 0, "prompt.history_length", "at least 0", self.history_length)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's names and the paper's values (section 5.1)."""
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.r <= 256, "lora.r", "in [1, 256]", self.r)
+        _require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
+        _require(len(self.target_modules) > 0, "lora.target_modules", "at least one module name", self.target_modules)
+
+
+@dataclass(frozen=True)
+class MapperConfig:
+    """The CIE mapper Linear(d, factor d) - ReLU - Linear(factor d, H tokens_per_id); section 4.2 of the paper."""
+
+    hidden_factor: int = 10
+    tokens_per_id: int = 1
+    inputs: MapperInput = "embedding"
+
+    def __post_init__(self) -> None:
+        _require(self.hidden_factor >= 1, "mapper.hidden_factor", "at least 1", self.hidden_factor)
+        _require(self.tokens_per_id >= 1, "mapper.tokens_per_id", "at least 1", self.tokens_per_id)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage's optimisation: AdamW, linear warm-up once, cosine from lr to min_lr over max_steps."""
+
+    lr: float = 1e-3
+    min_lr: float = 8e-5
+    warmup_steps: int = 200
+    weight_decay: float = 1e-3
+    batch_size: int = 16
+    epochs: float = 10.0
+    max_steps: int | None = None
+    eval_every: int = 200
+    patience: int | None = 10  # evaluations without a better validation AUC; None never stops early
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "stage.lr", "above 0", self.lr)
+        _require(0 <= self.min_lr <= self.lr, "stage.min_lr", "in [0, lr]", self.min_lr)
+        _require(self.batch_size >= 1, "stage.batch_size", "at least 1", self.batch_size)
+        _require(self.epochs > 0, "stage.epochs", "above 0", self.epochs)
+        _require(self.max_steps is None or self.max_steps >= 1, "stage.max_steps", "at least 1", self.max_steps)
+        _require(self.eval_every >= 1, "stage.eval_every", "at least 1", self.eval_every)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything `collm-fast train` and `collm_fast.train` need."""
+
+    data: Path = Path("data/ml-100k")
+    llm: str = ""
+    cf: str = "mf"  # a model's name (fitted first) or the folder that `fit-cf` wrote
+    out: Path = Path("runs/run")
+    stage: Stage = "both"
+    seed: int = 2023
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    loss: Loss = "yes"
+    # group: rows of one (user, history) stay together and share their prefix; random: the official order.
+    order: Literal["group", "random"] = "group"
+    # all: the paper's way. held-out: stage 2 trains on the rows the collaborative model never saw (cf.held_out > 0).
+    cie_rows: Literal["all", "held-out"] = "all"
+    limit_train: int | None = None
+    limit_valid: int | None = None
+    limit_eval: int | None = None
+    max_steps: int | None = None  # caps every stage
+    resume: Literal["never", "auto"] = "never"
+    checkpoint_minutes: float = 5.0
+    # The official code leaves LoRA dropout on in stage 2 although LoRA is frozen there.
+    stage2_lora_dropout: bool = False
+    tokens_per_batch: int = 8192  # evaluation: packed tokens a forward
+    trust_remote_code: bool = False
+    ablations: tuple[MapperInput, ...] = ()  # further stage 2 runs, each a row `stage2+...` of the table
+    collaborative: CFConfig = field(default_factory=CFConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    mapper: MapperConfig = field(default_factory=MapperConfig)
+    stage1: StageConfig = field(default_factory=StageConfig)
+    stage2: StageConfig = field(default_factory=StageConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("limit_train", "limit_valid", "limit_eval", "max_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+        _require(
+            self.cie_rows == "all" or self.collaborative.held_out > 0,
+            "cie_rows",
+            "held-out only with collaborative.held_out above 0",
+            self.cie_rows,
+        )
