@@ -1,0 +1,100 @@
+"""From scores to the rows of metrics.json: every metric, its interval, and the warm/cold division.
+
+The metrics themselves live in `metrics.py`, the scores that need no learning in `baselines.py`. Floor F3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from collm_fast import metrics
+from collm_fast.data.dataset import Split
+
+# The definitions of a warm row in use. The first is the paper's and the default of every report.
+WarmRule = Literal["not_cold", "at_least_3", "more_than_3"]
+WARM_RULES: dict[WarmRule, str] = {
+    "not_cold": "user and item both occur in the train rows (the split's own mark)",
+    "at_least_3": "user and item both have at least 3 train rows",
+    "more_than_3": "user and item both have more than 3 train rows",
+}
+BOOTSTRAP_SAMPLES = 1000
+
+
+def warm_rows(train: Split, split: Split, rule: WarmRule = "not_cold") -> NDArray[np.bool_]:
+    """[n] true for the rows of `split` that are warm under one of `WARM_RULES`.
+
+    Raises: ValueError for an unknown rule.
+    """
+    if rule not in WARM_RULES:
+        raise ValueError(f"warm_rows: expected rule to be one of {', '.join(WARM_RULES)}, got {rule!r}")
+    if rule == "not_cold":
+        return np.asarray(split.not_cold, dtype=bool)
+    least = 3 if rule == "at_least_3" else 4
+    users = np.bincount(train.uid, minlength=int(split.uid.max(initial=0)) + 1)
+    items = np.bincount(train.iid, minlength=int(split.iid.max(initial=0)) + 1)
+    return np.asarray((users[split.uid] >= least) & (items[split.iid] >= least))
+
+
+def metric_table(
+    uid: ArrayLike,
+    score: ArrayLike,
+    probability: ArrayLike | None,
+    label: ArrayLike,
+    warm: ArrayLike,
+    seed: int = 0,
+) -> dict[str, dict[str, float | int | None]]:
+    """The metrics of one model on one split, as metrics.json holds them.
+
+    Args:
+        uid:         [n] integer user ids.
+        score:       [n] float, finite; ranks the rows.
+        probability: [n] float in [0, 1] for the log loss; None where the model has none.
+        label:       [n] 0 or 1.
+        warm:        [n] bool; see `warm_rows`.
+        seed:        of the user bootstrap.
+    Returns: {"all" | "warm" | "cold": {"auc", "auc_low", "auc_high", "uauc", "uauc_low", "uauc_high",
+        "users_counted", "ndcg", "log_loss", "rows"}}; None where a value does not exist. The intervals are 95 %
+        percentile intervals over resampled users, `users_counted` are the users with both classes (UAUC's), NDCG
+        is over each user's full list.
+    Raises: ValueError as `metrics`, or for a mask of another length.
+    """
+    users, scores, labels, mask = np.asarray(uid), np.asarray(score), np.asarray(label), np.asarray(warm)
+    if mask.dtype != np.bool_ or mask.shape != scores.shape:
+        raise ValueError(f"metric_table: expected warm of {scores.shape} bool, got {mask.shape} {mask.dtype}")
+    p = None if probability is None else np.asarray(probability)
+    table = {}
+    for name, rows in (("all", np.ones_like(mask)), ("warm", mask), ("cold", ~mask)):
+        table[name] = _metrics(users[rows], scores[rows], None if p is None else p[rows], labels[rows], seed)
+    return table
+
+
+def _metrics(
+    users: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    probability: NDArray[np.float64] | None,
+    labels: NDArray[np.int64],
+    seed: int,
+) -> dict[str, float | int | None]:
+    by_user = metrics.uauc(users, scores, labels)
+    interval = metrics.bootstrap(users, scores, labels, samples=BOOTSTRAP_SAMPLES, seed=seed)
+    return {
+        "auc": _number(metrics.auc(scores, labels).value),
+        "auc_low": _number(interval.auc.low),
+        "auc_high": _number(interval.auc.high),
+        "uauc": _number(by_user.value),
+        "uauc_low": _number(interval.uauc.low),
+        "uauc_high": _number(interval.uauc.high),
+        "users_counted": by_user.users_counted,
+        "ndcg": _number(metrics.ndcg(users, scores, labels).value),
+        "log_loss": None if probability is None else _number(metrics.log_loss(probability, labels).value),
+        "rows": int(scores.size),
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan: a value that does not exist is null."""
+    return None if math.isnan(value) else value
