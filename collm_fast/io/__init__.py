@@ -1,0 +1,1 @@
+"""Files of a run: atomic writes, checkpoints, PEFT adapter folders. No model code lives here."""
