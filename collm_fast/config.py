@@ -6,9 +6,13 @@ Floor F0: imports nothing of the package.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 CFName = Literal["mf", "lightgcn", "sasrec", "din"]
 MapperInput = Literal["embedding", "+stats", "+pair", "+stats+pair"]
@@ -180,9 +184,104 @@ class TrainConfig:
         for name in ("limit_train", "limit_valid", "limit_eval", "max_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
+        # A fitted model brings its own held-out fraction; run.py checks that one.
         _require(
-            self.cie_rows == "all" or self.collaborative.held_out > 0,
+            self.cie_rows == "all" or self.collaborative.held_out > 0 or self.cf not in get_args(CFName),
             "cie_rows",
             "held-out only with collaborative.held_out above 0",
             self.cie_rows,
         )
+
+
+Config = TypeVar("Config")
+
+
+def from_mapping(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+    """Build a configuration from nested plain values (YAML, command-line options, keyword arguments).
+
+    Raises: ValueError naming the dotted key and the rule; for an unknown key also the nearest known one.
+    """
+    known = get_type_hints(cls)
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(_unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
+        built[key] = _convert(known[key], value, f"{prefix}{key}")
+    return cls(**built)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The inverse of `from_mapping`: nested values that YAML and JSON can hold."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return to_mapping(value)
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {item.name: plain(getattr(config, item.name)) for item in fields(config)}
+
+
+def options(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every leaf of a configuration as (dotted key, type, default)."""
+    defaults = cls()
+    for name, kind in get_type_hints(cls).items():
+        if is_dataclass(kind):
+            yield from options(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{name}", kind, getattr(defaults, name)
+
+
+def type_name(kind: Any) -> str:
+    """A type as messages and `--help` name it."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return "|".join("none" if arg is type(None) else type_name(arg) for arg in args)
+    if origin is tuple:
+        return f"list of {type_name(args[0])}"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true|false", "Path": "path"}[kind.__name__]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean X?` for the known name nearest to a mistyped one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    return f"config: expected a known key, got {key!r}{nearest(key, known)}"
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    """`value` as the declared type; text is read as a number only where a number is declared."""
+    origin, args = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        if isinstance(value, Mapping):
+            return from_mapping(kind, value, f"{key}.")  # type: ignore[arg-type]
+        if isinstance(value, kind):  # type: ignore[arg-type]
+            return value
+        raise ValueError(f"{key}: expected a mapping of its keys, got {value!r}")
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, key)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple, str)):
+        parts = [part for part in value.split(",") if part] if isinstance(value, str) else value
+        return tuple(_convert(args[0], part, key) for part in parts)
+    if kind is bool and (isinstance(value, bool) or str(value).lower() in ("true", "false")):
+        return str(value).lower() == "true"
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if math.isfinite(number) and (kind is float or number.is_integer()):
+                return float(number) if kind is float else int(value)
+        except (TypeError, ValueError):
+            pass
+    if (kind is str and isinstance(value, str)) or (kind is Path and isinstance(value, (str, Path)) and str(value)):
+        return kind(value)
+    raise ValueError(f"{key}: expected {type_name(kind)}, got {value!r}")
