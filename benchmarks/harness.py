@@ -1,0 +1,306 @@
+"""Times implementations of one operation side by side and writes the result file.
+
+Here: options, the cases, the order of the samples, the comparison of outputs. Not here: what is timed (the
+neighbouring `bench_<family>.py`), ceilings (`ceilings.py`), table and file (`rows.py`), the machine (`machine.py`),
+the comparison of two result files (`collm_fast/bench_compare.py`). All of it needs torch and NumPy only.
+
+A benchmark is one function that hands over cases, and one line that runs it:
+
+    import harness
+
+    def cases(suite: harness.Suite) -> None:
+        x, grad = suite.tensor(4096, 64), suite.tensor(4096, 64)   # seeded, on the suite's device, in the data hash
+        impls = {"ours": lambda x: ops.double(x), "torch": lambda x: x * 2}             # "ours" first, peers after
+        suite.case("N=4096", "fwd", x.dtype, {name: partial(fn, x) for name, fn in impls.items()},
+                   expected=lambda: x.double() * 2, work=harness.Work(bytes=2 * x.nbytes))
+        suite.case("N=4096", "fwd+bwd", x.dtype, {name: harness.backward(fn, [x], grad) for name, fn in impls.items()},
+                   expected=lambda: [x.double() * 2, grad.double() * 2], work=harness.Work(bytes=4 * x.nbytes))
+
+    if __name__ == "__main__":
+        raise SystemExit(harness.main(cases, __doc__))
+
+`expected` gives the right output (float64 where possible); an implementation that is further from it than the
+tolerance gets no speed-up in the table, and if it is ours the run ends with exit code 1. A peer that cannot run is
+reported, and has no row. Slower results stay in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+import torch
+from ceilings import Work, dtype_name, floor_seconds, measure_ceilings, sample
+from rows import Row, format_table, merge, write_json
+from torch import Tensor
+
+__all__ = ["Options", "Suite", "Work", "backward", "distance", "main", "measure_ceilings", "parse"]
+
+Output = Tensor | Sequence[Tensor]
+Impl = Callable[[], Output]
+PASSES = ("fwd", "fwd+dx", "fwd+bwd", "step", "eval", "rank")
+# Normwise distance from the float64 result: a few roundings of the dtype, and the growth of a long sum.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of every benchmark."""
+
+    device: str = "cpu"
+    threads: int = 1
+    quick: bool = False
+    rounds: int = 30
+    min_sample_s: float = 2e-3
+    flush_l2: bool = False
+    processes: int = 1
+    only: str = ""
+    json: Path | None = None
+
+
+@dataclass
+class Suite:
+    """Collects cases, times them, and holds the rows. See the module's example."""
+
+    options: Options
+    ceilings: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = torch.device(self.options.device)
+        self._generator = torch.Generator().manual_seed(0)
+        self._hash = hashlib.sha256()
+
+    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        """Seeded N(0, scale^2) numbers on the suite's device; the same in every process and on every machine."""
+        return self._recorded(torch.randn(shape, generator=self._generator).mul_(scale)).to(self.device, dtype)
+
+    def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Seeded integers in [low, high) on the suite's device."""
+        return self._recorded(torch.randint(low, high, shape, generator=self._generator)).to(self.device, dtype)
+
+    def file(self, name: str, path: Path) -> Path:
+        """Notes a data file and its SHA-256 in the result; returns the path."""
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.data[name] = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+        return path
+
+    def case(
+        self,
+        name: str,
+        pass_: str,
+        dtype: torch.dtype,
+        impls: Mapping[str, Impl],
+        *,
+        expected: Impl,
+        work: Work | None = None,
+        tolerance: float | None = None,
+    ) -> None:
+        """Times every implementation in turn, round by round, and appends one row for each that runs.
+
+        Raises: ValueError for an unknown pass; whatever "ours" raises.
+        """
+        if pass_ not in PASSES:
+            raise ValueError(f"benchmark: expected a pass of {', '.join(PASSES)}, got {pass_!r}")
+        title = f"{name} {pass_} {dtype_name(dtype)}"
+        if self.options.only not in title:
+            return
+        print(title, file=sys.stderr, flush=True)
+        errors, running = self._compare(title, impls, expected)
+        wall, cpu = self._times(running)
+        limit = TOLERANCE[dtype] if tolerance is None else tolerance
+        floor = None if work is None else floor_seconds(work, self.ceilings, dtype)
+        for impl, fn in running.items():
+            p20, median, p80 = np.quantile(wall[impl], (0.2, 0.5, 0.8)).tolist()
+            self.rows.append(
+                Row(
+                    case=name,
+                    impl=impl,
+                    pass_=pass_,
+                    dtype=dtype_name(dtype),
+                    threads=self.options.threads,
+                    median_s=median,
+                    p20_s=p20,
+                    p80_s=p80,
+                    cpu_s=float(np.median(cpu[impl])),
+                    peak_bytes=machine.peak_bytes(fn, self.device),
+                    floor_s=floor,
+                    error=errors[impl] if math.isfinite(errors[impl]) else None,
+                    agrees=errors[impl] <= limit,  # False for NaN as well
+                )
+            )
+
+    def _compare(
+        self, title: str, impls: Mapping[str, Impl], expected: Impl
+    ) -> tuple[dict[str, float], dict[str, Impl]]:
+        """Runs each once: its distance from what is expected, and those that run at all."""
+        truth = [t.detach().double() for t in _listed(expected())]
+        errors, running = {}, {}
+        for impl, fn in impls.items():
+            try:
+                errors[impl], running[impl] = distance(_listed(fn()), truth), fn
+            except (RuntimeError, ValueError, TypeError, ImportError) as error:
+                if impl == "ours":
+                    raise
+                self.failures.append(f"{title} {impl}: {str(error).splitlines()[0]}")
+        return errors, running
+
+    def _times(self, impls: Mapping[str, Impl]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Seconds of one call, wall and processor, [rounds] each; the order rotates so that no one is always first."""
+        flush = torch.empty(256 << 20, dtype=torch.uint8, device=self.device) if self.options.flush_l2 else None
+        repeats = {name: self._repeats(fn) if flush is None else 1 for name, fn in impls.items()}
+        names = list(impls)
+        wall: dict[str, list[float]] = {name: [] for name in names}
+        cpu: dict[str, list[float]] = {name: [] for name in names}
+        gc.collect()
+        gc.disable()  # a collection in the middle of a sample would be charged to whoever ran then
+        try:
+            for turn in range(self.options.rounds):
+                first = turn % len(names)
+                for name in names[first:] + names[:first]:
+                    seconds, processor = sample(impls[name], repeats[name], self.device, flush)
+                    wall[name].append(seconds)
+                    cpu[name].append(processor)
+        finally:
+            gc.enable()
+        return wall, cpu
+
+    def _repeats(self, fn: Impl) -> int:
+        """Calls per sample, so that a sample is long against the clock; also the warm-up."""
+        sample(fn, 2, self.device)
+        seconds = max(sample(fn, 3, self.device)[0], 1e-7)
+        return max(1, min(1000, math.ceil(self.options.min_sample_s / seconds)))
+
+    def _recorded(self, value: Tensor) -> Tensor:
+        self._hash.update(value.numpy().tobytes())
+        self.data["synthetic"] = {"sha256": self._hash.hexdigest(), "seed": 0}
+        return value
+
+    def to_json(self) -> dict[str, Any]:
+        """The result file's content."""
+        return {
+            **machine.description(self.device),
+            "data": self.data,
+            "ceilings": self.ceilings,
+            "processes": self.options.processes,
+            "failures": self.failures,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+
+def _listed(output: Output) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def distance(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The largest ||output - truth|| / ||truth|| over the tensors; infinite for another shape, NaN if one is there."""
+    if [t.shape for t in outputs] != [t.shape for t in truth]:
+        return math.inf
+    worst = 0.0
+    for output, right in zip(outputs, truth, strict=True):
+        size = float(right.norm())
+        gap = float((output.detach().double() - right).norm()) / (size if size > 0 else 1.0)
+        if not math.isfinite(gap):
+            return math.nan
+        worst = max(worst, gap)
+    return worst
+
+
+def backward(
+    fn: Callable[..., Output], inputs: Sequence[Tensor], grad: Output, *, wrt: Sequence[int] | None = None
+) -> Impl:
+    """A call of fn(*inputs) and of its backward.
+
+    Returns: a function that gives the outputs and then the gradients of the inputs numbered in `wrt` (default: all).
+    """
+    places = range(len(inputs)) if wrt is None else wrt
+    leaves = [t.detach().requires_grad_(i in places) for i, t in enumerate(inputs)]
+    grads = _listed(grad)
+
+    def run() -> Output:
+        outputs = _listed(fn(*leaves))
+        return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, [leaves[i] for i in places], grads)]
+
+    return run
+
+
+def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
+    """The options of a command line; exits with 2 for a bad one."""
+    parser = argparse.ArgumentParser(description=(doc or "").strip().split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the result file here")
+    parser.add_argument("--quick", action="store_true", help="few rounds, small ceilings: to see that it runs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads, pinned to as many cores")
+    parser.add_argument("--rounds", type=int, help="samples of each implementation (30; 5 with --quick)")
+    parser.add_argument("--processes", type=int, default=1, help="run that many times afresh; medians over them")
+    parser.add_argument("--flush-l2", action="store_true", help="overwrite 256 MiB before every sample")
+    parser.add_argument("--only", default="", help="cases whose 'name pass dtype' contains this text")
+    given = parser.parse_args(argv)
+    for name in ("threads", "rounds", "processes"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
+    if given.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device: expected a device of this machine, got {given.device!r}")
+    return Options(
+        device=given.device,
+        threads=given.threads,
+        quick=given.quick,
+        rounds=given.rounds or (5 if given.quick else 30),
+        min_sample_s=5e-4 if given.quick else 2e-3,
+        flush_l2=given.flush_l2,
+        processes=given.processes,
+        only=given.only,
+        json=given.json,
+    )
+
+
+def _again(command: Sequence[str], processes: int) -> dict[str, Any]:
+    """Runs the same script in new processes, one after the other, and merges their results."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(processes):
+            path = Path(folder) / f"{turn}.json"
+            arguments = [sys.executable, *command, "--processes", "1", "--json", str(path)]
+            subprocess.run(arguments, stdout=subprocess.DEVNULL, check=False)
+            if not path.is_file():
+                raise SystemExit(f"benchmark: process {turn + 1} of {processes} ended without a result")
+            results.append(json.loads(path.read_text()))
+    return merge(results)
+
+
+def main(cases: Callable[[Suite], None], doc: str | None, argv: Sequence[str] | None = None) -> int:
+    """Runs the cases, prints the table, writes the file.
+
+    Returns: 1 if an output of ours differs from what was expected, or if no case ran; else 0.
+    """
+    options = parse(doc, argv)
+    if options.processes > 1:
+        result = _again([sys.argv[0], *(sys.argv[1:] if argv is None else argv)], options.processes)
+    else:
+        machine.pin(options.threads)
+        suite = Suite(options, measure_ceilings(torch.device(options.device), quick=options.quick))
+        cases(suite)
+        result = suite.to_json()
+    rows = [Row.from_json(row) for row in result["rows"]]
+    print(f"{result['device']}, {result['simd']}, torch {result['versions']['torch']}, commit {result['commit']}")
+    print(format_table(rows) or "no case was run")
+    for failure in result["failures"]:
+        print(f"not run: {failure}")
+    if options.json is not None:
+        write_json(result, options.json)
+    return int(not rows or any(row.impl == "ours" and not row.agrees for row in rows))
