@@ -1,0 +1,154 @@
+"""The module that holds LoRA's parameters, and how a language model gets it.
+
+The arithmetic is `collm_fast.ops.lora_linear`; PEFT folders are read and written by io/peft.py. Floor F2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from collm_fast.config import LoraConfig
+from collm_fast.ops.lora import lora_linear
+
+_WORD64 = 0xFFFFFFFFFFFFFFFF
+
+
+class LoraLinear(nn.Module):
+    """A frozen `nn.Linear` and its trainable low-rank update.
+
+        y = base(x) + alpha / r * dropout(x) lora_A^T lora_B^T
+
+    Args:
+        base: the layer [N, K]; its parameters are frozen.
+        r, alpha, dropout: PEFT's meaning. Dropout acts only in training, and only after `set_step_seed`.
+        generator: draws lora_A, as PEFT does (Kaiming uniform with a = sqrt 5); lora_B starts at zero.
+    Attributes: lora_A [r, K] and lora_B [N, r], float32 (float64 over a float64 base); seed, int64 [1], not saved.
+    Raises: ValueError for a base that is no nn.Linear, or for r or dropout out of range.
+    """
+
+    def __init__(
+        self, base: nn.Linear, r: int, alpha: float, dropout: float, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise ValueError(f"LoraLinear: expected base to be an nn.Linear, got {type(base).__name__}")
+        LoraConfig(r=r, alpha=alpha, dropout=dropout)  # validates
+        self.base = base.requires_grad_(False)
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.dropout_on = True
+        device, dtype = base.weight.device, torch.promote_types(base.weight.dtype, torch.float32)
+        # Drawn on the CPU, so that one seed gives one model on every device.
+        lora_A = torch.empty(r, base.in_features, dtype=dtype)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
+        self.lora_A = nn.Parameter(lora_A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=dtype, device=device))
+        self.register_buffer("seed", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
+        self.seed: Tensor
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
+
+    # Code that inspects a projection (transformers does) finds what an nn.Linear has.
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return lora_linear(
+            x,
+            self.base.weight,
+            self.base.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            dropout_p=self.dropout,
+            seed=self.seed,
+            training=self.training and self.dropout_on,
+        )
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """(name, layer) of every LoRA layer, in the model's own order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+
+
+def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None) -> list[LoraLinear]:
+    """Freezes the model and replaces its target layers, in place, by LoRA layers.
+
+    Args:
+        model: any module; its targets are `nn.Linear`.
+        config: rank, alpha, dropout and targets. A target matches a module of that name or one whose dotted name ends
+            in it, as in PEFT.
+        generator: draws every lora_A in the model's order; None: torch's global one.
+    Returns: the new layers in the model's order.
+    Raises: ValueError for a target that nothing matches (the message lists what exists), for one that is no
+        nn.Linear, and for a model that has LoRA layers already.
+    """
+    if next(lora_layers(model), None) is not None:
+        raise ValueError("add_lora: expected a model without LoRA layers, got one that has them")
+    found: dict[str, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for target in config.target_modules:
+        matches = {name: m for name, m in modules.items() if name == target or name.endswith(f".{target}")}
+        if not matches:
+            exist = sorted({name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.Linear)})
+            raise ValueError(f"add_lora: expected target_modules among {', '.join(exist)}, got {target!r}")
+        found |= matches
+    for name, module in found.items():
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"add_lora: expected every target to be an nn.Linear, got {name}: {type(module).__name__}")
+    model.requires_grad_(False)
+    layers = []
+    for name in modules:
+        base = found.get(name)
+        if isinstance(base, nn.Linear):
+            layer = LoraLinear(base, config.r, config.alpha, config.dropout, generator).train(base.training)
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, layer)
+            layers.append(layer)
+    return layers
+
+
+def set_step_seed(model: nn.Module, step_seed: int) -> None:
+    """Gives every LoRA layer the dropout seed of one training step.
+
+    A seed depends only on step_seed and the layer's place in the model, and differs between layers. The buffers are
+    filled in place: a compiled or captured step sees the new masks without being compiled again.
+    """
+    for place, (_, layer) in enumerate(lora_layers(model)):
+        word = _splitmix64((step_seed + (place + 1) * 0x9E3779B97F4A7C15) & _WORD64)
+        layer.seed.fill_(word - 2**64 if word >= 2**63 else word)
+
+
+def set_dropout(model: nn.Module, on: bool) -> None:
+    """Turns the dropout of every LoRA layer on (in training) or off."""
+    for _, layer in lora_layers(model):
+        layer.dropout_on = on
+
+
+def _splitmix64(z: int) -> int:
+    # Steele, Lea and Flood, Fast splittable pseudorandom number generators (OOPSLA 2014): a bijection of 64 bits.
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _WORD64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _WORD64
+    return z ^ z >> 31
