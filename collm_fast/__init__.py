@@ -1,0 +1,44 @@
+"""CoLLM for everyone who has a recommender and a language model: fused ops, a trainer, a command line.
+
+`collm_fast.ops` and `collm_fast.BipartiteGraph` come with the import; whatever needs transformers, pyarrow or
+matplotlib is loaded when it is first asked for, so that the import stays quick and never touches a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+import logging as _logging  # TEMPORARY-SKELETON: tolerant until every module exists
+
+try:
+    from collm_fast import graph, metrics, ops, reference
+    from collm_fast.graph import BipartiteGraph
+except ImportError as _e:
+    _logging.getLogger(__name__).warning("skeleton: %s", _e)
+
+if TYPE_CHECKING:
+    from collm_fast.environment import env
+    from collm_fast.run import Run, open_run, train
+
+# Name: the module that has it. These import more than torch.
+_LAZY = {
+    "env": "collm_fast.environment",
+    "Run": "collm_fast.run",
+    "open_run": "collm_fast.run",
+    "train": "collm_fast.run",
+}
+
+__all__ = ["BipartiteGraph", "Run", "__version__", "env", "graph", "metrics", "open_run", "ops", "reference", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

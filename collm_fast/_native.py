@@ -1,0 +1,167 @@
+"""Loads what was compiled and decides, once, which implementation of each op serves which device.
+
+The rule: compiled C++/CUDA if it registered the op for the device, else Triton on CUDA, else the reference. A backend
+that `COLLM_FAST_BACKEND` asks for and that is missing is an error, never a silent fallback. Schemas, checks and autograd
+live in `collm_fast.ops`; `collm_fast.environment` prints what was decided here. Floor F0: imports nothing of the
+package. The only module that reads the environment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NoReturn
+
+import torch
+
+Backend = Literal["native", "triton", "reference"]
+
+FOLDER = Path(__file__).resolve().parent
+BACKENDS = ("auto", "native", "triton", "reference")
+BACKEND = os.environ.get("COLLM_FAST_BACKEND", "auto")
+if BACKEND not in BACKENDS:
+    raise ImportError(f"COLLM_FAST_BACKEND: expected one of {', '.join(BACKENDS)}, got {BACKEND!r}")
+TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# Every schema and every Python implementation of the package is registered through this one object.
+LIBRARY = torch.library.Library("collm_fast", "FRAGMENT")
+
+# What was decided for each op, and what is wrong with this installation, in words: "built for X, found Y, do Z".
+backends: dict[str, dict[str, Backend | None]] = {}
+problems: list[str] = []
+_C: ModuleType | None = None
+
+
+def _reinstall(more: str = "") -> str:
+    return f"do: {more}pip install --force-reinstall --no-deps --no-build-isolation collm-fast"
+
+
+def cuda_version() -> str | None:
+    """The CUDA of this torch, None for a CPU or ROCm build. Asks no driver and initialises nothing."""
+    return torch.version.cuda
+
+
+def _explain_cuda(error: OSError) -> str:
+    """Why the CUDA library did not load: nearly always another CUDA than the one it was built with."""
+    found = f"found torch {torch.__version__} built for CUDA {cuda_version()}"
+    runtime = re.search(r"libcudart\.so\.(\d+)", str(error))
+    if runtime:
+        return (
+            f"CUDA kernels: built for CUDA {runtime.group(1)}, {found}; do: install a torch for CUDA {runtime.group(1)}, "
+            "or rebuild with that CUDA's nvcc (COLLM_FAST_CUDA=1); until then Triton serves the GPU"
+        )
+    return f"CUDA kernels: built for another environment ({error}), {found}; {_reinstall()}"
+
+
+def _load_libraries(device: str) -> bool:
+    paths = sorted(FOLDER.glob(f"libcollm_fast_{device}*.so"))
+    for path in paths:
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            if device == "cuda":
+                problems.append(_explain_cuda(error))
+            else:
+                problems.append(f"CPU kernels: built for another environment ({error}), found torch {torch.__version__}; {_reinstall()}")
+            return False
+    return bool(paths)
+
+
+def _load_module() -> ModuleType | None:
+    if importlib.util.find_spec("collm_fast._C") is None:
+        built = sorted(path.name for path in FOLDER.glob("_C.*.so"))
+        if built:
+            suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+            problems.append(f"_C: built for {', '.join(built)}, found a Python that wants _C{suffix}; {_reinstall()}")
+        return None
+    try:
+        return importlib.import_module("collm_fast._C")
+    except ImportError as error:
+        problems.append(f"_C: built for another environment ({error}), found {os.uname().sysname} {os.uname().machine}; {_reinstall()}")
+        return None
+
+
+def _load() -> None:
+    global _C
+    if BACKEND == "reference":
+        return
+    _C = _load_module()
+    if BACKEND == "triton":
+        return
+    has_cpu = _load_libraries("cpu")
+    if not has_cpu and not problems:
+        problems.append(
+            "CPU kernels: built for any platform without a compiler, found none to load; the reference serves the CPU; "
+            + _reinstall("install g++ 11 or newer, then ")
+        )
+    if BACKEND == "native" and (not has_cpu or _C is None):
+        raise ImportError("COLLM_FAST_BACKEND=native: expected compiled kernels, got none: " + "; ".join(problems))
+    if cuda_version() is not None and not _load_libraries("cuda") and not any("CUDA kernels" in p for p in problems):
+        problems.append(
+            f"CUDA kernels: built for CPUs only, found torch {torch.__version__}; Triton serves the GPU; "
+            + _reinstall("install nvcc 12 or newer, then COLLM_FAST_CUDA=1 ")
+        )
+
+
+def C() -> ModuleType | None:
+    """The pybind11 module, or None where nothing was compiled or the reference was asked for: use the NumPy twin."""
+    return _C
+
+
+def _missing(name: str, rule: str) -> Callable[..., NoReturn]:
+    def raise_missing(*args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"{name}: expected {rule}, got COLLM_FAST_BACKEND={BACKEND}")
+
+    return raise_missing
+
+
+def _choose(device: str, key: str, name: str, has_triton: bool) -> Backend | None:
+    """Which implementation serves this device; None if the backend that was asked for cannot."""
+    if BACKEND == "reference":
+        return "reference"
+    if BACKEND != "triton" and torch._C._dispatch_has_kernel_for_dispatch_key(f"collm_fast::{name}", key):
+        return "native"
+    if BACKEND == "native":
+        return None
+    if BACKEND == "triton":
+        return "triton" if has_triton and (device == "cuda" or TRITON_INTERPRET) else None
+    return "triton" if has_triton and device == "cuda" else "reference"
+
+
+def register(name: str, *, reference: Callable[..., Any], triton: Callable[..., Any] | None = None) -> None:
+    """Registers the implementation that serves `collm_fast::name` on each device where C++ did not register one.
+
+    Args:
+        name: the op, already defined in `LIBRARY`.
+        reference: the plain torch implementation, with the schema's signature.
+        triton: the Triton implementation, or None. It is called only if it is chosen, so it may import triton itself.
+    Raises: ImportError if COLLM_FAST_BACKEND asks for a backend that this installation lacks.
+    """
+    has_triton = triton is not None and importlib.util.find_spec("triton") is not None
+    if BACKEND == "triton" and not has_triton:
+        raise ImportError(f"COLLM_FAST_BACKEND=triton: expected triton for {name}, got none; do: pip install triton")
+    chosen: dict[str, Backend | None] = {}
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        backend = _choose(device, key, name, has_triton)
+        if backend is None and device == "cpu" and BACKEND == "native":
+            raise ImportError(f"COLLM_FAST_BACKEND=native: expected a compiled {name} for the CPU, got none")
+        if backend == "triton":
+            assert triton is not None
+            LIBRARY.impl(name, triton, key)
+        elif backend == "reference":
+            LIBRARY.impl(name, reference, key)
+        elif backend is None:
+            rule = "TRITON_INTERPRET=1 for tensors on the CPU" if BACKEND == "triton" else f"a compiled kernel for {device}"
+            LIBRARY.impl(name, _missing(name, rule), key)
+        chosen[device] = backend
+    if cuda_version() is None and torch.version.hip is None:
+        chosen["cuda"] = None
+    backends[name] = chosen
+
+
+_load()

@@ -1,0 +1,78 @@
+// Argument checks of every registered kernel: one sentence, `<op>: expected <rule>, got <value>`.
+//
+// The checks themselves stand in csrc/cpu/<family>.cpp and csrc/cuda/<family>.cu, beside the kernel they guard. This
+// header only formats. It needs torch's stable headers; device code (*.cuh) never includes it.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace collm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    text << (d ? ", " : "") << tensor.size(d);
+  }
+  text << "]";
+  return text.str();
+}
+
+// Python's name of a dtype, so that C++, Triton and the reference say the same sentence.
+inline std::string name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string dtype(const Tensor& tensor) { return name(tensor.scalar_type()); }
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << op << ": expected ";
+  (text << ... << parts);
+  // Not STD_TORCH_CHECK: it would put this file's name and line before the sentence.
+  throw std::invalid_argument(text.str());
+}
+
+}  // namespace collm
+
+// COLLM_CHECK(rows.dim() == 2, "embed_inject", "rows of shape [S, H], got ", collm::shape(rows));
+#define COLLM_CHECK(condition, op, ...)  \
+  do {                                   \
+    if (!(condition)) [[unlikely]] {     \
+      ::collm::fail(op, __VA_ARGS__);    \
+    }                                    \
+  } while (false)
