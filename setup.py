@@ -16,7 +16,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -131,6 +131,8 @@ def native() -> bool:
 
 COMPILE = native()
 setup(
+    packages=[*find_packages(include=["collm_fast", "collm_fast.*"]), "collm_fast.kernels"],
+    package_dir={"collm_fast.kernels": "kernels"},
     # The name is what wheels and editable installs call _C; CMake decides which files exist.
     ext_modules=[Extension("collm_fast._C", sources=[])] if COMPILE else [],
     cmdclass={"build_ext": CMakeBuild},

