@@ -1,0 +1,164 @@
+"""Attention over packed prompt trees, as an attention function that Hugging Face models call.
+
+One token axis holds several trees; a tree is a shared prefix followed by branches, and each branch sees the prefix
+and itself. Nothing of size [T, T] over the whole pack exists. Packing lives in `collm_fast.data.packing`; this file
+only reads its `tree` and `branch` vectors. Floor F2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "collm_fast_tree"
+
+
+class TreePlan:
+    """Where the pieces of a packed axis lie, and the masks its attention calls share across layers.
+
+    Args:
+        tree:       [T] int, the tree of each token; the tokens of a tree are contiguous.
+        branch:     [T] int, -1 in the shared prefix (which comes first in its tree), else the branch.
+        per_branch: True: one call for prefix and first branch, one for each further branch (least arithmetic: CPU).
+                    False: one masked call a tree (fewest launches: GPU).
+    Raises: ValueError where a tree or a branch is not contiguous, or a prefix token stands behind a branch.
+    """
+
+    def __init__(self, tree: np.ndarray, branch: np.ndarray, *, per_branch: bool) -> None:
+        if tree.shape != branch.shape or tree.ndim != 1 or tree.size == 0:
+            raise ValueError(f"tree_attention: expected tree and branch of one shape [T], got {tree.shape}, {branch.shape}")
+        cut = np.flatnonzero((np.diff(tree) != 0) | (np.diff(branch) != 0)) + 1
+        start = np.concatenate(([0], cut))
+        length = np.diff(np.concatenate((start, [tree.size])))
+        pieces = np.stack((tree[start], branch[start]), axis=1)
+        first = np.concatenate(([True], pieces[1:, 0] != pieces[:-1, 0]))
+        if len(np.unique(pieces, axis=0)) != len(pieces) or first.sum() != len(np.unique(tree)):
+            raise ValueError("tree_attention: expected every tree and branch in one contiguous run, got a broken one")
+        if (pieces[~first, 1] < 0).any():
+            raise ValueError("tree_attention: expected a prefix before the branches of its tree, got one behind them")
+        # trees: a list of piece lengths each, prefix first; its length is 0 where a tree has none.
+        self.trees: list[list[int]] = []
+        for is_first, (_, piece_branch), piece_length in zip(first, pieces.tolist(), length.tolist(), strict=True):
+            if is_first:
+                self.trees.append([] if piece_branch < 0 else [0])
+            self.trees[-1].append(piece_length)
+        self.per_branch = per_branch
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
+
+    def causal(self, q_length: int, k_length: int, window: int | None, like: Tensor) -> Tensor:
+        """[q, k] additive mask of the last q of k consecutive positions: 0 where visible, -inf elsewhere."""
+        key = (q_length, k_length, window, like.dtype)
+        if key not in self._masks:
+            q = torch.arange(k_length - q_length, k_length)[:, None]
+            k = torch.arange(k_length)[None, :]
+            visible = k <= q if window is None else (k <= q) & (k > q - window)
+            self._masks[key] = _additive(visible, like)
+        return self._masks[key]
+
+    def whole(self, index: int, window: int | None, like: Tensor) -> Tensor:
+        """[L, L] additive mask of tree `index`."""
+        key = ("tree", index, window, like.dtype)
+        if key not in self._masks:
+            prefix, *branches = self.trees[index]
+            name = torch.cat([torch.full((n,), j - 1) for j, n in enumerate([prefix, *branches])])
+            position = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in branches)])
+            axis = torch.arange(name.numel())
+            visible = (axis[None, :] <= axis[:, None]) & ((name[None, :] < 0) | (name[None, :] == name[:, None]))
+            if window is not None:
+                visible &= position[None, :] > position[:, None] - window
+            self._masks[key] = _additive(visible, like)
+        return self._masks[key]
+
+
+def _additive(visible: Tensor, like: Tensor) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=like.dtype).masked_fill(~visible, float("-inf"))
+    return mask.to(like.device, non_blocking=True)
+
+
+def tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, *, scaling: float | None, window: int | None
+) -> Tensor:
+    """softmax(q k^T scaling + mask) v along every branch of every tree.
+
+    Args:
+        query: [1, h, T, d]; key, value: [1, h or fewer, T, d] (grouped-query heads are repeated here), one dtype.
+        plan: the trees of the T tokens; window: tokens see at most this many positions back, themselves included.
+    Returns: [1, h, T, d] in the dtype of query.
+    """
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:
+        key, value = _repeat_heads(key, repeat), _repeat_heads(value, repeat)
+    out: list[Tensor] = []
+    if plan.per_branch:
+        # One split for all pieces: its backward is one concatenation, slices would each pad a full gradient.
+        sizes = [n for tree in plan.trees for n in (sum(tree[:2]), *tree[2:])]
+        pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        for tree in plan.trees:
+            spine = next(pieces)
+            out.append(_sequence(*spine, plan, scaling, window))
+            prefix_k, prefix_v = spine[1][:, :, : tree[0]], spine[2][:, :, : tree[0]]
+            for _ in tree[2:]:
+                q, k, v = next(pieces)
+                k, v = torch.cat((prefix_k, k), dim=2), torch.cat((prefix_v, v), dim=2)
+                out.append(_sequence(q, k, v, plan, scaling, window))
+    else:
+        sizes = [sum(tree) for tree in plan.trees]
+        pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        for index, (q, k, v) in enumerate(pieces):
+            if len(plan.trees[index]) <= 2:  # one sequence
+                out.append(_sequence(q, k, v, plan, scaling, window))
+            else:
+                mask = plan.whole(index, window, q)
+                out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
+    return torch.cat(out, dim=2)
+
+
+def _repeat_heads(x: Tensor, repeat: int) -> Tensor:
+    return x[:, :, None].expand(-1, -1, repeat, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def _sequence(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, scaling: float | None, window: int | None) -> Tensor:
+    """Causal attention of the last q positions of one sequence of k positions."""
+    q_length, k_length = q.shape[2], k.shape[2]
+    if window is not None and k_length <= window:
+        window = None
+    if q_length == k_length and window is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.causal(q_length, k_length, window, q), scale=scaling)
+
+
+def _attention_function(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    tree_plan: TreePlan | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What a Hugging Face attention layer calls: [1, h, T, d] -> [1, T, h, d]. Without a plan it is plain SDPA."""
+    if tree_plan is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    out = tree_attention(query, key, value, tree_plan, scaling=scaling, window=sliding_window)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Registers the attention function (and SDPA's masks for calls without a plan) with transformers; idempotent.
+
+    Returns: the name to give to `model.set_attn_implementation`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attention_function)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME

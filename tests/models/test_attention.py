@@ -1,0 +1,61 @@
+"""Tree attention against one dense mask over the whole pack; layouts it must refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from collm_fast.models.attention import TreePlan, tree_attention
+from small_llm import dense_mask, random_layout
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@pytest.mark.parametrize("per_branch", [True, False])
+@pytest.mark.parametrize("window", [None, 4, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_a_dense_mask_with_gradients(seed: int, window: int | None, per_branch: bool) -> None:
+    tree, branch, position = random_layout(np.random.default_rng(seed), trees=4)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((1, 4, len(tree), 8), (1, 2, len(tree), 8), (1, 2, len(tree), 8))
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    grad = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+
+    plan = TreePlan(tree.numpy(), branch.numpy(), per_branch=per_branch)
+    out = tree_attention(*inputs, plan, scaling=0.3, window=window)
+    got = torch.autograd.grad(out, inputs, grad)
+
+    mask = dense_mask(tree, branch, position, window)
+    q, k, v = inputs[0], *(x.repeat_interleave(2, dim=1) for x in inputs[1:])
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for a, b in zip(got, torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("per_branch", [True, False])
+def test_bfloat16_is_as_exact_as_torch(per_branch: bool) -> None:
+    tree, branch, position = random_layout(np.random.default_rng(7), trees=3)
+    generator = torch.Generator().manual_seed(7)
+    exact = [torch.randn(1, 2, len(tree), 16, generator=generator) for _ in range(3)]
+    low = [x.bfloat16() for x in exact]
+    mask = dense_mask(tree, branch, position, None)
+    truth = scaled_dot_product_attention(*(x.double() for x in low), attn_mask=mask)
+    theirs = (scaled_dot_product_attention(*low, attn_mask=mask) - truth).norm()
+    out = tree_attention(*low, TreePlan(tree.numpy(), branch.numpy(), per_branch=per_branch), scaling=None, window=None)
+    assert out.dtype == torch.bfloat16
+    assert (out - truth).norm() <= 2 * theirs
+
+
+@pytest.mark.parametrize(
+    ("tree", "branch", "message"),
+    [
+        ([], [], "expected tree and branch of one shape"),
+        ([0, 0], [0], "expected tree and branch of one shape"),
+        ([0, 1, 0], [-1, 0, 1], "one contiguous run"),
+        ([0, 0, 0, 0], [-1, 0, 1, 0], "one contiguous run"),
+        ([0, 0, 0], [0, -1, 1], "expected a prefix before the branches"),
+    ],
+)
+def test_broken_layouts_are_refused(tree: list[int], branch: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TreePlan(np.array(tree, dtype=np.int64), np.array(branch, dtype=np.int64), per_branch=True)
