@@ -48,7 +48,9 @@ def tool_requirements() -> list[str]:
     if "setuptools.build_meta" not in sys.modules:
         return []  # `python setup.py ...` would fetch eggs; only pip and uv ask properly.
     wanted = [] if find_torch() else ["torch>=2.10"]
-    return wanted + [requirement for tool, requirement in (("cmake", "cmake>=3.22"), ("ninja", "ninja")) if not shutil.which(tool)]
+    return wanted + [
+        requirement for tool, requirement in (("cmake", "cmake>=3.22"), ("ninja", "ninja")) if not shutil.which(tool)
+    ]
 
 
 def say(message: str) -> None:
@@ -68,7 +70,8 @@ class CMakeBuild(build_ext):
             )
         import pybind11
 
-        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        split = os.environ.get("COLLM_FAST_SPLIT") == "1"
+        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}{'-split' * split}"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         settings = {
             "COLLM_FAST_TORCH": torch,
@@ -89,11 +92,15 @@ class CMakeBuild(build_ext):
         options = [f"-D{key}={value}" for key, value in settings.items()]
         subprocess.check_call([cmake, "-S", str(ROOT), "-B", str(build), *generator, *options])
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        split = os.environ.get("COLLM_FAST_SPLIT") == "1"
-        failed = subprocess.call([cmake, "--build", str(build), "--parallel", jobs, *(["--", "-k", "0"] if split else [])])
+        failed = subprocess.call(
+            [cmake, "--build", str(build), "--parallel", jobs, *(["--", "-k", "0"] if split else [])]
+        )
         if failed and not split:
             raise SystemExit(failed)
         if split:
+            for path in ROOT.glob("collm_fast/libcollm_fast_c*.so"):
+                if path.stem in ("libcollm_fast_cpu", "libcollm_fast_cuda"):
+                    path.unlink()
             for path in build.glob("*.so"):
                 temporary = ROOT / "collm_fast" / (path.name + ".tmp")
                 shutil.copy2(path, temporary)

@@ -1,14 +1,15 @@
 """Loads what was compiled and decides, once, which implementation of each op serves which device.
 
 The rule: compiled C++/CUDA if it registered the op for the device, else Triton on CUDA, else the reference. A backend
-that `COLLM_FAST_BACKEND` asks for and that is missing is an error, never a silent fallback. Schemas, checks and autograd
-live in `collm_fast.ops`; `collm_fast.environment` prints what was decided here. Floor F0: imports nothing of the
-package. The only module that reads the environment.
+that `COLLM_FAST_BACKEND` asks for and that is missing is an error, never a silent fallback. Schemas, checks and
+autograd live in `collm_fast.ops`; `collm_fast.environment` prints what was decided here. Floor F0: imports nothing of
+the package. The only module that reads the environment.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -37,8 +38,11 @@ problems: list[str] = []
 _C: ModuleType | None = None
 
 
-def _reinstall(more: str = "") -> str:
-    return f"do: {more}pip install --force-reinstall --no-deps --no-build-isolation collm-fast"
+_REINSTALL = "pip install --force-reinstall --no-deps collm-fast"
+
+
+def _report(what: str, built: str, found: str, do: str) -> None:
+    problems.append(f"{what}: built for {built}, found {found}; do: {do}")
 
 
 def cuda_version() -> str | None:
@@ -46,44 +50,48 @@ def cuda_version() -> str | None:
     return torch.version.cuda
 
 
-def _explain_cuda(error: OSError) -> str:
-    """Why the CUDA library did not load: nearly always another CUDA than the one it was built with."""
-    found = f"found torch {torch.__version__} built for CUDA {cuda_version()}"
-    runtime = re.search(r"libcudart\.so\.(\d+)", str(error))
+def _found_torch() -> str:
+    cuda = cuda_version()
+    return f"torch {torch.__version__}" + (f" built for CUDA {cuda}" if cuda else "")
+
+
+def _report_failure(device: str, error: OSError) -> None:
+    """Why a library did not load: nearly always another CUDA, or a torch from before the stable ABI."""
+    what, text = f"{device.upper()} kernels", str(error)
+    runtime = re.search(r"libcudart\.so\.(\d+)", text)
     if runtime:
-        return (
-            f"CUDA kernels: built for CUDA {runtime.group(1)}, {found}; do: install a torch for CUDA {runtime.group(1)}, "
-            "or rebuild with that CUDA's nvcc (COLLM_FAST_CUDA=1); until then Triton serves the GPU"
-        )
-    return f"CUDA kernels: built for another environment ({error}), {found}; {_reinstall()}"
+        cuda = f"CUDA {runtime.group(1)}"
+        do = f"install a torch for {cuda}, or rebuild with your CUDA's nvcc: COLLM_FAST_CUDA=1 {_REINSTALL}"
+        _report(what, cuda, _found_torch(), do + " (until then Triton serves the GPU)")
+    elif "undefined symbol" in text:
+        _report(what, f"torch >= 2.10 ({text})", _found_torch(), "pip install 'torch>=2.10'")
+    else:
+        _report(what, f"another system ({text})", _found_torch(), _REINSTALL)
 
 
 def _load_libraries(device: str) -> bool:
+    """Whether the device's library exists and loaded; a failure to load is reported in `problems`."""
     paths = sorted(FOLDER.glob(f"libcollm_fast_{device}*.so"))
     for path in paths:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            if device == "cuda":
-                problems.append(_explain_cuda(error))
-            else:
-                problems.append(f"CPU kernels: built for another environment ({error}), found torch {torch.__version__}; {_reinstall()}")
+            _report_failure(device, error)
             return False
     return bool(paths)
 
 
 def _load_module() -> ModuleType | None:
-    if importlib.util.find_spec("collm_fast._C") is None:
-        built = sorted(path.name for path in FOLDER.glob("_C.*.so"))
-        if built:
-            suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-            problems.append(f"_C: built for {', '.join(built)}, found a Python that wants _C{suffix}; {_reinstall()}")
-        return None
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     try:
         return importlib.import_module("collm_fast._C")
+    except ModuleNotFoundError:
+        built = sorted(path.name for path in FOLDER.glob("_C.*.so"))
+        if built:
+            _report("_C", ", ".join(built), f"a Python that wants _C{suffix}", _REINSTALL)
     except ImportError as error:
-        problems.append(f"_C: built for another environment ({error}), found {os.uname().sysname} {os.uname().machine}; {_reinstall()}")
-        return None
+        _report("_C", f"another system ({error})", f"_C{suffix}", _REINSTALL)
+    return None
 
 
 def _load() -> None:
@@ -95,17 +103,14 @@ def _load() -> None:
         return
     has_cpu = _load_libraries("cpu")
     if not has_cpu and not problems:
-        problems.append(
-            "CPU kernels: built for any platform without a compiler, found none to load; the reference serves the CPU; "
-            + _reinstall("install g++ 11 or newer, then ")
-        )
+        do = f"install g++ 11 or newer, then {_REINSTALL} (until then the reference serves the CPU)"
+        _report("CPU kernels", "pure Python, without a C++ compiler", "no library to load", do)
     if BACKEND == "native" and (not has_cpu or _C is None):
         raise ImportError("COLLM_FAST_BACKEND=native: expected compiled kernels, got none: " + "; ".join(problems))
-    if cuda_version() is not None and not _load_libraries("cuda") and not any("CUDA kernels" in p for p in problems):
-        problems.append(
-            f"CUDA kernels: built for CPUs only, found torch {torch.__version__}; Triton serves the GPU; "
-            + _reinstall("install nvcc 12 or newer, then COLLM_FAST_CUDA=1 ")
-        )
+    before = len(problems)
+    if cuda_version() is not None and not _load_libraries("cuda") and len(problems) == before:
+        do = f"install nvcc 12 or newer, then COLLM_FAST_CUDA=1 {_REINSTALL} (until then Triton serves the GPU)"
+        _report("CUDA kernels", "the CPU only", _found_torch(), do)
 
 
 def C() -> ModuleType | None:
@@ -113,9 +118,13 @@ def C() -> ModuleType | None:
     return _C
 
 
-def _missing(name: str, rule: str) -> Callable[..., NoReturn]:
+def _missing(name: str, device: str) -> Callable[..., NoReturn]:
+    """An implementation that says why there is none: the backend that was asked for does not serve this device."""
+    rule = "TRITON_INTERPRET=1 for a CPU tensor" if BACKEND == "triton" else f"a compiled kernel for {device} tensors"
+    why = "".join(f"; {problem}" for problem in problems)
+
     def raise_missing(*args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"{name}: expected {rule}, got COLLM_FAST_BACKEND={BACKEND}")
+        raise NotImplementedError(f"{name}: expected {rule} with COLLM_FAST_BACKEND={BACKEND}, got none{why}")
 
     return raise_missing
 
@@ -156,8 +165,7 @@ def register(name: str, *, reference: Callable[..., Any], triton: Callable[..., 
         elif backend == "reference":
             LIBRARY.impl(name, reference, key)
         elif backend is None:
-            rule = "TRITON_INTERPRET=1 for tensors on the CPU" if BACKEND == "triton" else f"a compiled kernel for {device}"
-            LIBRARY.impl(name, _missing(name, rule), key)
+            LIBRARY.impl(name, _missing(name, device), key)
         chosen[device] = backend
     if cuda_version() is None and torch.version.hip is None:
         chosen["cuda"] = None

@@ -41,7 +41,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "collm_fast's host helpers; see the Python functions that call them.";
-  m.def("build_info", &build_info, "The version, torch, CUDA and compiler of this build, and this CPU's instruction set.");
+  m.def("build_info", &build_info,
+        "The version, torch, CUDA and compiler of this build, and this CPU's instruction set.");
 #ifdef COLLM_FAST_HAS_GRAPH
   bind_graph(m);
 #endif

@@ -70,9 +70,9 @@ template <typename... Parts>
 }  // namespace collm
 
 // COLLM_CHECK(rows.dim() == 2, "embed_inject", "rows of shape [S, H], got ", collm::shape(rows));
-#define COLLM_CHECK(condition, op, ...)  \
-  do {                                   \
-    if (!(condition)) [[unlikely]] {     \
-      ::collm::fail(op, __VA_ARGS__);    \
-    }                                    \
+#define COLLM_CHECK(condition, op, ...) \
+  do {                                  \
+    if (!(condition)) [[unlikely]] {    \
+      ::collm::fail(op, __VA_ARGS__);   \
+    }                                   \
   } while (false)

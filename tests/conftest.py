@@ -5,7 +5,7 @@
     @requires("nvcc")
     def test_cuda_build(): ...
 
-A skip whose reason is not in `SKIPS` fails, so no test can quietly stop running; the summary prints the number of skips.
+A skip whose reason is not in `SKIPS` fails, so no test can quietly stop running; the summary prints their number.
 """
 
 from __future__ import annotations
