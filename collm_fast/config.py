@@ -42,6 +42,8 @@ class PrepareConfig:
     rating_column: str = "rating"
     timestamp_column: str = "timestamp"
     title_column: str = "title"
+    # What the items are; chooses the built-in prompts. None: as the source says ("item" where it does not).
+    domain: Literal["movie", "book", "item"] | None = None
     items: Path | None = None  # `table` only: a CSV or Parquet file with the item and title columns
     max_bad_fraction: float = 0.01
     allow_pickle: bool = False

@@ -1,0 +1,29 @@
+"""Ragged arrays as (offsets, values): row r is values[offsets[r]:offsets[r + 1]]. Floor F2, imports numpy only."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+I64 = NDArray[np.int64]
+
+
+def offsets_of(lengths: NDArray[np.integer]) -> I64:
+    """[n + 1] int64 offsets of rows with the given lengths [n]."""
+    out = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=out[1:])
+    return out
+
+
+def spans(starts: I64, lengths: I64) -> I64:
+    """The positions starts[i], starts[i] + 1, .. (lengths[i] of them), one span after the other, [sum(lengths)]."""
+    total = int(lengths.sum())
+    out = np.arange(total, dtype=np.int64)
+    return out + np.repeat(starts - offsets_of(lengths)[:-1], lengths)
+
+
+def take_ragged(offsets: I64, values: NDArray, rows: I64) -> tuple[I64, NDArray]:
+    """The rows `rows` of a ragged array, as a ragged array."""
+    starts = offsets[rows]
+    lengths = offsets[rows + 1] - starts
+    return offsets_of(lengths), values[spans(starts, lengths)]
