@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -144,11 +145,14 @@ def _explained(name: str, load: Callable[[], Any]) -> Any:
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    # A damaged file can fail anywhere in their readers.
+    broken = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, EOFError)
+    broken += (struct.error, SafetensorError)
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
+    except broken as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise ValueError(f"llm: expected a model and tokenizer that transformers can load, got {name!r}: {reason}") from error
