@@ -1,0 +1,164 @@
+// The argument checks of lora_linear and its backward, one definition for csrc/cpu/lora.cpp and csrc/cuda/lora.cu.
+//
+// collm_fast/ops/lora.py says the same sentences for the fake, Triton and the reference. No kernel lives here.
+#pragma once
+
+#include "checks.h"
+#include "philox.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace collm::lora {
+
+constexpr int64_t kMaxRank = 256;
+
+inline ScalarType wide(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+inline std::string shape(std::vector<int64_t> sizes, int64_t last) {
+  std::string text = "[";
+  for (const int64_t size : sizes) {
+    text += std::to_string(size) + ", ";
+  }
+  return text + std::to_string(last) + "]";
+}
+
+// All dimensions but the last.
+inline std::vector<int64_t> leading(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end() - 1);
+}
+
+inline bool has_shape(const Tensor& tensor, std::vector<int64_t> sizes, int64_t last) {
+  sizes.push_back(last);
+  const auto got = tensor.sizes();
+  return std::vector<int64_t>(got.begin(), got.end()) == sizes;
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor, const char* of, const Tensor& x) {
+  COLLM_CHECK(tensor.is_cuda() == x.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, name, " on ",
+              of, "'s device, got another");
+}
+
+inline void check_dtypes(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const Tensor& lora_A, const Tensor& lora_B) {
+  const ScalarType type = x.scalar_type();
+  const bool low = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+  COLLM_CHECK(low || (type == ScalarType::Double && x.is_cpu()), op, "x in float32, bfloat16, float16",
+              x.is_cpu() ? ", float64" : "", ", got ", dtype(x));
+  COLLM_CHECK(weight.scalar_type() == type, op, "weight in x's dtype ", dtype(x), ", got ", dtype(weight));
+  COLLM_CHECK(!bias || bias->scalar_type() == type, op, "bias in x's dtype ", dtype(x), ", got ", dtype(*bias));
+  COLLM_CHECK(lora_A.scalar_type() == type || (low && lora_A.scalar_type() == ScalarType::Float), op,
+              "lora_A in float32 or x's dtype ", dtype(x), ", got ", dtype(lora_A));
+  COLLM_CHECK(lora_B.scalar_type() == lora_A.scalar_type(), op, "lora_B in lora_A's dtype ", dtype(lora_A), ", got ",
+              dtype(lora_B));
+}
+
+inline void check_dropout(const char* op, const Tensor& x, double p, const std::optional<Tensor>& seed,
+                          int64_t stream) {
+  COLLM_CHECK(p >= 0.0 && p < 1.0 && dropout_threshold(p) < 65536u, op,
+              "dropout_p in [0, 1) with round(dropout_p 2^16) below 2^16, got ", p);
+  COLLM_CHECK(stream >= 0 && stream < (int64_t{1} << 32), op, "stream in [0, 2^32), got ", stream);
+  if (!seed) {
+    COLLM_CHECK(p == 0.0, op, "a seed where dropout_p > 0 in training, got None");
+    return;
+  }
+  COLLM_CHECK(seed->scalar_type() == ScalarType::Long, op, "seed in int64, got ", dtype(*seed));
+  COLLM_CHECK(seed->numel() == 1, op, "seed of one element, got ", collm::shape(*seed));
+  check_device(op, "seed", *seed, "x", x);
+}
+
+inline void check_adapters(const char* op, int64_t N, int64_t K, const Tensor& lora_A, const Tensor& lora_B) {
+  COLLM_CHECK(lora_A.dim() == 2 && lora_A.size(0) >= 1 && lora_A.size(0) <= kMaxRank && lora_A.size(1) == K, op,
+              "lora_A of shape [r, ", K, "] with r in [1, 256], got ", collm::shape(lora_A));
+  const int64_t r = lora_A.size(0);
+  COLLM_CHECK(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, op, "lora_B of shape [", N, ", ", r,
+              "], got ", collm::shape(lora_B));
+}
+
+inline void check_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const Tensor& lora_A, const Tensor& lora_B, double dropout_p,
+                          const std::optional<Tensor>& seed, int64_t stream) {
+  const char* op = "lora_linear";
+  COLLM_CHECK(x.dim() >= 1, op, "x of shape [..., K], got ", collm::shape(x));
+  const int64_t K = x.size(x.dim() - 1);
+  COLLM_CHECK(weight.dim() == 2 && weight.size(1) == K, op, "weight of shape [N, ", K, "], got ",
+              collm::shape(weight));
+  const int64_t N = weight.size(0);
+  COLLM_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), op, "bias of shape [", N, "], got ",
+              collm::shape(*bias));
+  check_adapters(op, N, K, lora_A, lora_B);
+  check_dtypes(op, x, weight, bias, lora_A, lora_B);
+  check_device(op, "weight", weight, "x", x);
+  if (bias) {
+    check_device(op, "bias", *bias, "x", x);
+  }
+  check_device(op, "lora_A", lora_A, "x", x);
+  check_device(op, "lora_B", lora_B, "x", x);
+  check_dropout(op, x, dropout_p, seed, stream);
+}
+
+// x is read for lora_A's gradient alone, and s for lora_B's: whoever does not ask may pass empty tensors.
+inline void check_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
+                           const Tensor& lora_B, const Tensor& s, double dropout_p, const std::optional<Tensor>& seed,
+                           int64_t stream, const std::vector<bool>& mask) {
+  const char* op = "lora_linear_backward";
+  COLLM_CHECK(weight.dim() == 2, op, "weight of shape [N, K], got ", collm::shape(weight));
+  const int64_t N = weight.size(0), K = weight.size(1);
+  COLLM_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, op, "grad of shape [..., ", N, "], got ",
+              collm::shape(grad));
+  check_adapters(op, N, K, lora_A, lora_B);
+  const auto rows = leading(grad);
+  COLLM_CHECK(!mask[1] || has_shape(x, rows, K), op, "x of shape ", shape(rows, K), ", got ", collm::shape(x));
+  COLLM_CHECK(!mask[2] || has_shape(s, rows, lora_A.size(0)), op, "s of shape ", shape(rows, lora_A.size(0)),
+              ", got ", collm::shape(s));
+  check_dtypes(op, grad, weight, std::nullopt, lora_A, lora_B);
+  COLLM_CHECK(x.scalar_type() == grad.scalar_type(), op, "x in grad's dtype ", dtype(grad), ", got ", dtype(x));
+  COLLM_CHECK(s.scalar_type() == wide(grad.scalar_type()), op, "s in ", name(wide(grad.scalar_type())), ", got ",
+              dtype(s));
+  check_device(op, "x", x, "grad", grad);
+  check_device(op, "weight", weight, "grad", grad);
+  check_device(op, "lora_A", lora_A, "grad", grad);
+  check_device(op, "lora_B", lora_B, "grad", grad);
+  check_device(op, "s", s, "grad", grad);
+  check_dropout(op, grad, dropout_p, seed, stream);
+}
+
+// [..., C] as [M, C] whose rows are contiguous; a view where the strides allow it, as in torch's own linear.
+inline Tensor as_rows(const Tensor& tensor) {
+  const int64_t C = tensor.size(tensor.dim() - 1);
+  int64_t M = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) {
+    M *= tensor.size(d);
+  }
+  const std::array<int64_t, 2> sizes{M, C};
+  Tensor rows = torch::stable::reshape(tensor, sizes);
+  if (C > 1 && rows.stride(1) != 1) {
+    Tensor copy = torch::stable::new_empty(rows, sizes);
+    return torch::stable::copy_(copy, rows);
+  }
+  return rows;
+}
+
+// The same without gaps between the rows.
+inline Tensor packed_rows(const Tensor& tensor) {
+  Tensor rows = as_rows(tensor);
+  if (rows.is_contiguous()) {
+    return rows;
+  }
+  const std::array<int64_t, 2> sizes{rows.size(0), rows.size(1)};
+  Tensor copy = torch::stable::new_empty(rows, sizes);
+  return torch::stable::copy_(copy, rows);
+}
+
+inline Tensor new_rows(const Tensor& like, std::vector<int64_t> sizes, int64_t last, ScalarType type) {
+  sizes.push_back(last);
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+}  // namespace collm::lora
