@@ -1,4 +1,4 @@
-"""Atomic file writes: a reader sees the old file or the whole new one, never a part. What is written lives elsewhere."""
+"""Atomic writes: a reader sees the old file or the whole new one, never a part. What is written lives elsewhere."""
 
 from __future__ import annotations
 

@@ -1,0 +1,62 @@
+"""Small tables on disk, CSV or Parquet by their suffix: pairs to score, predictions, rankings. Floor F1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collm_fast.io.atomic import write_atomic
+
+SUFFIXES = (".parquet", ".csv")
+
+
+def check_suffix(path: Path, what: str) -> None:
+    """Raises: ValueError for a path that is neither CSV nor Parquet by its name."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{what}: expected a file named *{' or *'.join(SUFFIXES)}, got {path}")
+
+
+def write_table(path: Path, columns: Mapping[str, NDArray[Any] | Sequence[Any]]) -> None:
+    """Write columns of one length atomically."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    check_suffix(path, "out")
+    table = pa.table({name: pa.array(values) for name, values in columns.items()})
+    writer = pa.parquet.write_table if path.suffix == ".parquet" else pa.csv.write_csv
+    write_atomic(path, lambda temporary: writer(table, temporary))
+
+
+def read_table(path: Path, needed: Sequence[str], what: str) -> dict[str, NDArray[Any]]:
+    """Every column of a CSV or Parquet file as an array; `what` names the option in messages.
+
+    Raises: ValueError naming the file for one that cannot be read, a missing column, an empty table, or a missing
+    value in a needed column with its row.
+    """
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    check_suffix(path, what)
+    if not path.is_file():
+        raise ValueError(f"{what}: expected a file, got {path}, which does not exist")
+    try:
+        table = pa.parquet.read_table(path) if path.suffix == ".parquet" else pa.csv.read_csv(path)
+    except (pa.ArrowException, OSError) as error:
+        kind = "Parquet" if path.suffix == ".parquet" else "CSV"
+        raise ValueError(f"{what}: expected {kind} in {path}, got {str(error).splitlines()[0]}") from error
+    for name in needed:
+        if name not in table.column_names:
+            raise ValueError(f"{what}: expected a column {name!r} in {path}, got {', '.join(table.column_names)}")
+        column = table.column(name)
+        if column.null_count:
+            row = int(np.argmax(column.is_null().to_numpy()))
+            raise ValueError(f"{what}: expected a value in column {name!r} of {path}, got none in row {row}")
+    if table.num_rows == 0:
+        raise ValueError(f"{what}: expected at least one row in {path}, got none")
+    return {name: table.column(name).to_numpy() for name in table.column_names}
