@@ -30,7 +30,8 @@ class TreePlan:
 
     def __init__(self, tree: np.ndarray, branch: np.ndarray, *, per_branch: bool) -> None:
         if tree.shape != branch.shape or tree.ndim != 1 or tree.size == 0:
-            raise ValueError(f"tree_attention: expected tree and branch of one shape [T], got {tree.shape}, {branch.shape}")
+            got = f"{tree.shape}, {branch.shape}"
+            raise ValueError(f"tree_attention: expected tree and branch of one shape [T], got {got}")
         cut = np.flatnonzero((np.diff(tree) != 0) | (np.diff(branch) != 0)) + 1
         start = np.concatenate(([0], cut))
         length = np.diff(np.concatenate((start, [tree.size])))
@@ -96,25 +97,28 @@ def tree_attention(
     if plan.per_branch:
         # One split for all pieces: its backward is one concatenation, slices would each pad a full gradient.
         sizes = [n for tree in plan.trees for n in (sum(tree[:2]), *tree[2:])]
-        pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        pieces = iter(_split(sizes, query, key, value))
         for tree in plan.trees:
-            spine = next(pieces)
-            out.append(_sequence(*spine, plan, scaling, window))
-            prefix_k, prefix_v = spine[1][:, :, : tree[0]], spine[2][:, :, : tree[0]]
+            q, k, v = next(pieces)
+            out.append(_sequence(q, k, v, plan, scaling, window))
+            prefix_k, prefix_v = k[:, :, : tree[0]], v[:, :, : tree[0]]
             for _ in tree[2:]:
                 q, k, v = next(pieces)
                 k, v = torch.cat((prefix_k, k), dim=2), torch.cat((prefix_v, v), dim=2)
                 out.append(_sequence(q, k, v, plan, scaling, window))
     else:
         sizes = [sum(tree) for tree in plan.trees]
-        pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-        for index, (q, k, v) in enumerate(pieces):
+        for index, (q, k, v) in enumerate(_split(sizes, query, key, value)):
             if len(plan.trees[index]) <= 2:  # one sequence
                 out.append(_sequence(q, k, v, plan, scaling, window))
             else:
                 mask = plan.whole(index, window, q)
                 out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
     return torch.cat(out, dim=2)
+
+
+def _split(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(torch.split(x, sizes, dim=2) for x in tensors), strict=True))
 
 
 def _repeat_heads(x: Tensor, repeat: int) -> Tensor:
@@ -141,12 +145,15 @@ def _attention_function(
     tree_plan: TreePlan | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """What a Hugging Face attention layer calls: [1, h, T, d] -> [1, T, h, d]. Without a plan it is plain SDPA."""
     if tree_plan is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        plain: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return plain
     out = tree_attention(query, key, value, tree_plan, scaling=scaling, window=sliding_window)
     return out.transpose(1, 2).contiguous(), None
 

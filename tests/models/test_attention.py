@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from collm_fast.models.attention import TreePlan, tree_attention
 from small_llm import dense_mask, random_layout
 from torch.nn.functional import scaled_dot_product_attention
+
+from collm_fast.models.attention import TreePlan, tree_attention
 
 
 @pytest.mark.parametrize("per_branch", [True, False])

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from collm_fast.models import llm
 from conftest import requires
 from small_llm import small_model, small_tokenizer
+
+from collm_fast.models import llm
 
 
 @pytest.fixture(scope="module")
