@@ -3,7 +3,7 @@
 It finds the torch that will run the package without importing it, asks pip for torch, cmake or ninja only where they
 are missing, and calls CMake. Without a C++ compiler the package is pure Python: Triton, the reference and NumPy serve.
 Variables: COLLM_FAST_NATIVE=0 (pure Python), COLLM_FAST_REQUIRE_NATIVE=1 (no compiler is an error),
-COLLM_FAST_CUDA=0|1|auto, COLLM_FAST_SANITIZE=address,undefined, MAX_JOBS=N.
+COLLM_FAST_CUDA=0|1|auto, COLLM_FAST_SANITIZE=address,undefined, COLLM_FAST_WERROR=1, MAX_JOBS=N.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class CMakeBuild(build_ext):
             "COLLM_FAST_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "COLLM_FAST_CUDA": os.environ.get("COLLM_FAST_CUDA", "auto"),
             "COLLM_FAST_SPLIT": "ON" if os.environ.get("COLLM_FAST_SPLIT") == "1" else "OFF",
+            "COLLM_FAST_WERROR": os.environ.get("COLLM_FAST_WERROR", "0"),
             "COLLM_FAST_SANITIZE": os.environ.get("COLLM_FAST_SANITIZE", ""),
         }
         # `setup.py build_ext --inplace` (make ext) builds what changed. An installation starts clean: the cache of an
@@ -121,7 +122,7 @@ COLLM_KEEP_SYMBOLS = bool(os.environ.get("COLLM_FAST_SANITIZE"))
 
 
 def native() -> bool:
-    """Whether to compile. Never silently: what is left out is said, and COLLM_FAST_REQUIRE_NATIVE=1 makes it an error."""
+    """Whether to compile. What is left out is said, and COLLM_FAST_REQUIRE_NATIVE=1 makes it an error."""
     if os.environ.get("COLLM_FAST_NATIVE") == "0":
         reason = "COLLM_FAST_NATIVE=0"
     elif sys.platform != "linux":
