@@ -1,0 +1,226 @@
+"""CoLLM: a frozen language model that reads mapped collaborative embeddings inside a packed batch of prompts.
+
+Loading the language model is models/llm.py, the attention over prompt trees models/attention.py, packing
+data/packing.py, losses and optimisation training/. Floor F2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from collm_fast.config import Loss
+from collm_fast.models.attention import TreePlan, register
+from collm_fast.models.lora import lora_layers
+from collm_fast.models.mapper import IdStatistics, Mapper
+from collm_fast.ops.inject import embed_inject
+
+if TYPE_CHECKING:
+    from collm_fast.data.packing import PackedBatch
+    from collm_fast.models.cf.frozen import CFModel
+
+_log = logging.getLogger(__name__)
+
+# Families whose attention layers pass keywords on and whose head is one linear map of the last hidden state.
+PACKED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_USER, _TARGET = 1, 3
+
+
+class CoLLM(nn.Module):
+    """logit of a prompt = the language model's score of the answer at the prompt's last token.
+
+        yes:     logit = h W[yes] (+ b[yes]),  the paper's form
+        yes-no:  logit = h W[yes] - h W[no] (+ b[yes] - b[no])
+
+    h is the last hidden row of the prompt, W the output head. The prompt's slots hold rows that the mapper makes from
+    the frozen collaborative tables, once for every distinct slot of a batch.
+
+    Args:
+        llm: a causal language model as `load_llm` gives it; LoRA layers may already stand in it.
+        yes_id, no_id: the answers' vocabulary ids (`answer_ids`). loss: which logit is read.
+        cf, mapper: None for text-only prompts; a mapper needs a cf.
+        stats: the tables that a `+stats` mapper reads beside the embedding.
+    The language model stays in eval mode whatever `train()` says; only mapper and LoRA layers follow it.
+    Families outside `PACKED_FAMILIES` run row by row, padded, through their own forward: same logits, no speed-up.
+    Raises: ValueError for ids outside the vocabulary or parts that do not fit together.
+    Source: CoLLM (arXiv 2310.19488), sections 4.2 and 4.3.
+    """
+
+    llm: Any
+    mapper: Mapper | None
+
+    def __init__(
+        self,
+        llm: Any,
+        *,
+        yes_id: int,
+        no_id: int,
+        loss: Loss = "yes",
+        cf: CFModel | None = None,
+        mapper: Mapper | None = None,
+        stats: IdStatistics | None = None,
+    ) -> None:
+        super().__init__()
+        vocabulary, self.H = llm.get_input_embeddings().weight.shape
+        for name, token in (("yes_id", yes_id), ("no_id", no_id)):
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"collm: expected {name} in [0, {vocabulary}), got {token}")
+        if loss not in ("yes", "yes-no"):
+            raise ValueError(f"collm: expected loss yes or yes-no, got {loss!r}")
+        self.llm, self.mapper, self.loss = llm, mapper, loss
+        self.yes_id, self.no_id = yes_id, no_id
+        self._set_tables(cf, mapper, stats)
+        family = llm.config.model_type
+        self.packed = family in PACKED_FAMILIES
+        if self.packed:
+            llm.set_attn_implementation(register())
+        else:
+            known = ", ".join(PACKED_FAMILIES)
+            _log.warning("%s runs padded through its own forward; packed prompts are for %s", family, known)
+        self.train(False)
+
+    def _set_tables(self, cf: CFModel | None, mapper: Mapper | None, stats: IdStatistics | None) -> None:
+        """Registers what a slot's features are gathered from: [embedding, statistics], one row an id."""
+        if mapper is None:
+            user = item = torch.zeros(0, 0)
+        elif cf is None:
+            raise ValueError("collm: expected a collaborative model beside the mapper, got None")
+        else:
+            user, item = cf.user, cf.item
+            if user.shape[1] != mapper.d or item.shape[1] != mapper.d or mapper.H != self.H:
+                got = f"{list(user.shape)}, {list(item.shape)} and rows of {mapper.H}"
+                raise ValueError(f"collm: expected tables [.., {mapper.d}] and mapped rows of {self.H}, got {got}")
+            if mapper.stats_dim:
+                if stats is None or stats.dim != mapper.stats_dim:
+                    columns = None if stats is None else stats.dim
+                    raise ValueError(f"collm: expected statistics of {mapper.stats_dim} columns, got {columns}")
+                if len(stats.user) != len(user) or len(stats.item) != len(item):
+                    got = f"{len(stats.user)} and {len(stats.item)}"
+                    raise ValueError(f"collm: expected statistics of {len(user)} users, {len(item)} items, got {got}")
+                user, item = torch.cat((user, stats.user), 1), torch.cat((item, stats.item), 1)
+        # Not persistent: they are the collaborative model's state, which has a file of its own.
+        self.register_buffer("user_table", user.detach().float(), persistent=False)
+        self.register_buffer("item_table", item.detach().float(), persistent=False)
+        self.user_table: Tensor
+        self.item_table: Tensor
+
+    def train(self, mode: bool = True) -> CoLLM:
+        """Mapper and LoRA layers follow `mode`; the language model stays in eval mode."""
+        super().train(mode)
+        self.llm.eval()
+        for _, layer in lora_layers(self.llm):
+            layer.training = mode
+        return self
+
+    @property
+    def table(self) -> Tensor:
+        """The language model's token embeddings [V, H]."""
+        weight: Tensor = self.llm.get_input_embeddings().weight
+        return weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Logits of a batch's rows.
+
+        Args: batch: on the CPU, where its layout is read without waiting for a device; what the device needs is moved.
+        Returns: [B] float32.
+        Raises: ValueError for slots without a mapper, ids outside the tables, or a broken layout.
+        """
+        self._check(batch)
+        if not self.packed:
+            return self._padded(batch)
+        plan = TreePlan(batch.tree.cpu().numpy(), batch.branch.cpu().numpy(), per_branch=self.device.type == "cpu")
+        batch = batch.to(self.device)
+        embeds = embed_inject(batch.token_ids, self.table, self.mapped_rows(batch), batch.row_index)
+        hidden = self.llm.base_model(
+            inputs_embeds=embeds[None],
+            position_ids=batch.position_ids[None],
+            # Any 4-D mask keeps transformers from building its own [T, T] one; the tree attention reads its plan alone.
+            attention_mask=embeds.new_zeros(1, 1, 1, 1),
+            use_cache=False,
+            tree_plan=plan,
+        ).last_hidden_state[0]
+        return self._read(self._answer_logits(hidden[batch.answer]))
+
+    def _answer_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [B, H] -> [B, 2] float32: the two answers' logits, from their two rows of the head alone."""
+        head, ids = self.llm.get_output_embeddings(), [self.yes_id, self.no_id]
+        if not isinstance(head, nn.Linear):  # an adapted head: its update is not in its weight
+            logits: Tensor = head(hidden)
+            return logits[:, ids].float()
+        bias = None if head.bias is None else head.bias[ids].float()
+        return nn.functional.linear(hidden.float(), head.weight[ids].float(), bias)
+
+    def _read(self, answers: Tensor) -> Tensor:
+        return answers[:, 0] if self.loss == "yes" else answers[:, 0] - answers[:, 1]
+
+    def mapped_rows(self, batch: PackedBatch) -> Tensor:
+        """The batch's injected rows [S tokens_per_id, H] in the model's dtype; [0, H] where it has no slots."""
+        if self.mapper is None or batch.slot_id.numel() == 0:
+            return self.table.new_empty(0, self.H)
+        rows: Tensor = self.mapper(self.slot_features(batch))
+        return rows.to(self.table.dtype)
+
+    def slot_features(self, batch: PackedBatch) -> Tensor:
+        """[S, d_in] float32: embedding, statistics and, in a target item's slot, the product u * i."""
+        assert self.mapper is not None
+        role, index = batch.slot_role.to(self.device), batch.slot_id.to(self.device).long()
+        is_user = role == _USER
+        # Index 0 is padding in both tables: each gather stays inside its table whatever the other's size.
+        user = self.user_table[index.masked_fill(~is_user, 0)]
+        item = self.item_table[index.masked_fill(is_user, 0)]
+        features = torch.where(is_user[:, None], user, item)
+        if self.mapper.pair_dim:
+            d, pair = self.mapper.d, batch.slot_pair.to(self.device).long()
+            target = role == _TARGET
+            pair = pair.masked_fill(~target[:, None], 0)
+            product = self.user_table[pair[:, 0], :d] * self.item_table[pair[:, 1], :d]
+            features = torch.cat((features, product.masked_fill(~target[:, None], 0)), dim=1)
+        return features
+
+    def _check(self, batch: PackedBatch) -> None:
+        if batch.slot_id.numel() == 0:
+            return
+        if self.mapper is None:
+            raise ValueError(f"collm: expected a mapper for the prompts' {batch.slot_id.numel()} slots, got None")
+        role, index = batch.slot_role.cpu().numpy(), batch.slot_id.cpu().numpy()
+        sides = [("user", self.user_table, index[role == _USER]), ("item", self.item_table, index[role != _USER])]
+        if self.mapper.pair_dim:
+            pair = batch.slot_pair.cpu().numpy()[role == _TARGET]
+            if (pair[:, 0] == 0).any():
+                raise ValueError("collm: expected a batch packed with pairs=True for a +pair mapper, got one without")
+            sides += [("user", self.user_table, pair[:, 0]), ("item", self.item_table, pair[:, 1])]
+        for name, table, ids in sides:
+            bad = ids[(ids < 0) | (ids >= len(table))]
+            if len(bad):
+                raise ValueError(f"collm: expected {name} ids in [0, {len(table)}), got {bad[0]}")
+
+    def _padded(self, batch: PackedBatch) -> Tensor:
+        """The same logits through the model's own forward: every prompt a right-padded row of [B, L]."""
+        tree, branch, answer = (x.cpu().numpy() for x in (batch.tree, batch.branch, batch.answer))
+        rows = [np.flatnonzero((tree == tree[a]) & ((branch < 0) | (branch == branch[a]))) for a in answer]
+        source = nn.utils.rnn.pad_sequence([torch.from_numpy(r) for r in rows], batch_first=True, padding_value=-1)
+        source = source.to(self.device)
+        mask, last = (source >= 0).long(), torch.tensor([len(r) - 1 for r in rows], device=self.device)
+        batch = batch.to(self.device)
+        source = source.clamp_min(0)
+        embeds = self.llm.get_input_embeddings()(batch.token_ids[source])
+        rows_index = batch.row_index[source].long()
+        mapped = self.mapped_rows(batch)
+        if len(mapped):
+            embeds = torch.where((rows_index >= 0)[..., None], mapped[rows_index.clamp_min(0)], embeds)
+        # Logits of [B, L, V] are never needed whole: ask for the last positions where the model lets one ask.
+        keep, where = torch.unique(last, return_inverse=True)
+        asks = "logits_to_keep" in inspect.signature(self.llm.forward).parameters
+        options = {"logits_to_keep": keep} if asks else {}
+        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **options).logits
+        chosen = logits[torch.arange(len(last), device=self.device), where if asks else last]
+        return self._read(chosen[:, [self.yes_id, self.no_id]].float())
