@@ -1,4 +1,4 @@
-"""From scores to the rows of metrics.json: every metric, its interval, and the warm/cold division.
+"""Scoring with the language model, and from scores to the rows of metrics.json: metrics, intervals, warm and cold.
 
 The metrics themselves live in `metrics.py`, the scores that need no learning in `baselines.py`. Floor F3.
 """
@@ -6,13 +6,19 @@ The metrics themselves live in `metrics.py`, the scores that need no learning in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
 
 from collm_fast import metrics
 from collm_fast.data.dataset import Split
+from collm_fast.data.packing import batches, pack
+from collm_fast.data.prompts import Prompts
+from collm_fast.models.collm import CoLLM
 
 # The definitions of a warm row in use. The first is the paper's and the default of every report.
 WarmRule = Literal["not_cold", "at_least_3", "more_than_3"]
@@ -37,6 +43,44 @@ def warm_rows(train: Split, split: Split, rule: WarmRule = "not_cold") -> NDArra
     users = np.bincount(train.uid, minlength=int(split.uid.max(initial=0)) + 1)
     items = np.bincount(train.iid, minlength=int(split.iid.max(initial=0)) + 1)
     return np.asarray((users[split.uid] >= least) & (items[split.iid] >= least))
+
+
+@torch.no_grad()
+def score_prompts(
+    model: CoLLM,
+    prompts: Prompts,
+    *,
+    tokens_per_batch: int,
+    pairs: bool = False,
+    progress: str | None = None,
+    check: Callable[[], None] | None = None,
+) -> NDArray[np.float32]:
+    """The answer's logit of every prompt, [n] float32 in the prompts' order; P(yes) is its sigmoid.
+
+    Rows of one (user, history) stay together and share their prefix; a batch holds about `tokens_per_batch` packed
+    tokens. Nothing is drawn at random. `progress` names a progress bar; `check` is called before every batch and may
+    raise to give up.
+    """
+    logits = np.empty(len(prompts.label), np.float32)
+    training = model.training
+    model.eval()
+    plan = batches(prompts, order="flat", max_tokens=tokens_per_batch, generator=None)
+    try:
+        with tqdm(total=logits.size, desc=progress, unit="prompt", disable=progress is None, leave=False) as bar:
+            for rows in plan:
+                if check is not None:
+                    check()
+                batch = pack(prompts, rows, pairs=pairs)
+                logits[batch.row.numpy()] = model(batch).float().cpu().numpy()
+                bar.update(rows.size)
+    finally:
+        model.train(training)
+    return logits
+
+
+def sigmoid(logit: ArrayLike) -> NDArray[np.float64]:
+    """1 / (1 + exp(-logit)) in float64, without overflow."""
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * np.asarray(logit, np.float64))))
 
 
 def metric_table(

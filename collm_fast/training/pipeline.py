@@ -1,0 +1,318 @@
+"""The parts of a run in their order: collaborative model, stage 1, stage 2, test scores, report. Floor F3.
+
+A part that is done is recorded in run.json and not repeated; what a stage is made of is `stages.py`'s matter, its steps
+are `loop.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from collm_fast.config import CFConfig, MapperConfig, TrainConfig, to_mapping
+from collm_fast.data.dataset import Dataset, Split, load_dataset
+from collm_fast.evaluate import score_prompts, sigmoid
+from collm_fast.io.peft import load_adapter, save_adapter
+from collm_fast.io.run_folder import RunFolder
+from collm_fast.models.cf.frozen import CFModel
+from collm_fast.models.lora import set_dropout
+from collm_fast.report import write_report
+from collm_fast.training.cf import fit_cf, held_out_rows
+from collm_fast.training.interrupt import Stop
+from collm_fast.training.loop import LoopOptions, total_steps, train_stage
+from collm_fast.training.scores import add_scores, baseline_scores
+from collm_fast.training.stages import (
+    Base,
+    fresh_lora,
+    fresh_mapper,
+    mapper_file,
+    prompt_text,
+    save_mapper,
+    set_trainable,
+    statistics,
+)
+from collm_fast.training.subsets import IntArray, choose_rows, given_cf, held_out_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Work:
+    """What every part of one run needs."""
+
+    config: TrainConfig
+    dataset: Dataset
+    base: Base
+    folder: RunFolder
+    cf: CFModel
+    rows: dict[str, IntArray]  # "stage1", "stage2", "valid", "test"
+    stop: Stop
+    resume: bool
+    progress: bool
+    events: Any
+
+    def split(self, name: str) -> Split:
+        """The chosen rows of a split; `stage1` and `stage2` are rows of train."""
+        return self.dataset.splits[name if name in self.dataset.splits else "train"].take(self.rows[name])
+
+
+def run_training(
+    config: TrainConfig, *, command: str = "", say: Callable[[str], None] = logger.info, progress: bool = True
+) -> RunFolder:
+    """Do what `collm-fast train` does, or what is left of it.
+
+    Raises: ValueError for bad input, before anything is written; Interrupted after a signal, with the state saved.
+    """
+    resume = RunFolder.check_new(config.out, to_mapping(config), config.resume == "auto")
+    if resume and _finished(RunFolder(config.out), config):
+        folder = RunFolder(config.out)
+        say(f"resumed from step {_last_step(folder)}: the run in {config.out} is complete")
+        return folder
+    existed = config.out.exists()
+    with Stop() as stop:
+        try:
+            dataset = load_dataset(config.data)
+            given = given_cf(config, dataset)
+            rows = choose_rows(config, dataset, held_out_of(config, given))
+            base = Base.load(config, dataset)
+            folder = _start(config, dataset, base, rows, command)
+            if resume:
+                say(f"resumed from step {_last_step(folder)}")
+            with _timed(folder, "collaborative model"):
+                cf = _collaborative(config, dataset, given, folder, progress)
+            events = _events(config.out)
+            work = Work(config, dataset, base, folder, cf, rows, stop, resume, progress, events)
+            try:
+                _parts(work)
+            finally:
+                if events is not None:
+                    events.close()
+        except ValueError:
+            # Bad input that only showed now: leave no half-written run behind, unless a part of it was done.
+            if not existed and config.out.is_dir() and not RunFolder(config.out).record.get("stages"):
+                shutil.rmtree(config.out)
+            raise
+    return folder
+
+
+def wanted_rows(config: TrainConfig) -> list[tuple[str, MapperConfig | None]]:
+    """The rows of the table that the language model fills, in the order they are trained."""
+    wanted: list[tuple[str, MapperConfig | None]] = [("stage1", None)] if config.stage in ("lora", "both") else []
+    if config.stage in ("cie", "both"):
+        for inputs in dict.fromkeys((config.mapper.inputs, *config.ablations)):
+            wanted.append((stage2_row(inputs), replace(config.mapper, inputs=inputs)))
+    return wanted
+
+
+def stage2_row(inputs: str) -> str:
+    """The name of a stage 2 row: what the mapper reads beside the embedding is part of it."""
+    return "stage2" if inputs == "embedding" else f"stage2{inputs}"
+
+
+def _baselines(work: Work) -> None:
+    """The rows that need no language model, on the same validation and test rows."""
+    if "test" in work.folder.metrics.get("cf", {}):
+        return
+    for name in ("valid", "test"):
+        split = work.split(name)
+        for row, scores in baseline_scores(work.dataset, split, work.cf).items():
+            add_scores(work.folder, work.dataset, name, split, row, scores, seed=work.config.seed)
+
+
+def _finished(folder: RunFolder, config: TrainConfig) -> bool:
+    stages = folder.record.get("stages", {})
+    done = all(stages.get(row, {}).get("done") for row, _ in wanted_rows(config))
+    return done and (folder.path / "report.html").is_file()
+
+
+def _last_step(folder: RunFolder) -> int:
+    """The step of the newest checkpoint, or of the last finished stage; 0 where nothing has begun."""
+    files = list((folder.path / "checkpoints").glob("*/[0-9]*.safetensors"))
+    if not files:
+        return 0
+    return int(max(files, key=lambda path: (path.stat().st_mtime_ns, path.stem)).stem)
+
+
+def _start(config: TrainConfig, dataset: Dataset, base: Base, rows: dict[str, IntArray], command: str) -> RunFolder:
+    """Write what is known of a run before it begins."""
+    folder = RunFolder(config.out)
+    if (folder.record.get("llm", {}).get("fingerprint") or base.fingerprint) != base.fingerprint:
+        raise ValueError(f"llm: expected the model that the run in {config.out} began with, got another {config.llm}")
+    folder.write_config(to_mapping(config))
+    train = dataset.splits["train"]
+    rule = "all its training rows (the collaborative model was fitted to them too)"
+    if config.cie_rows == "held-out":
+        rule = "rows that the collaborative model was not fitted to (the latest of each user)"
+    folder.update(
+        command=command,
+        seed=config.seed,
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
+        versions=_versions(),
+        data={
+            "path": str(config.data),
+            "source": dataset.meta.get("source"),
+            "split_rule": dataset.meta.get("split", {}).get("rule"),
+            "fingerprint": dataset.fingerprint,
+        },
+        llm={"name": config.llm, "fingerprint": base.fingerprint},
+        rows={
+            **{name: int(index.size) for name, index in rows.items()},
+            "train_all": len(train),
+            "valid_all": len(dataset.splits["valid"]),
+            "test_all": len(dataset.splits["test"]),
+            "stage2_rule": rule if config.stage != "lora" else None,
+        },
+    )
+    return folder
+
+
+def _collaborative(
+    config: TrainConfig, dataset: Dataset, given: CFModel | None, folder: RunFolder, progress: bool
+) -> CFModel:
+    """The frozen collaborative model of the run: given, already fitted here, or fitted now."""
+    if (folder.path / "cf.safetensors").is_file():
+        return CFModel.load(folder.path)
+    cf = given
+    if cf is None:
+        # One --seed serves the whole run; a seed given for the collaborative model itself wins.
+        own = config.collaborative.seed
+        seed = config.seed if own == CFConfig().seed else own
+        cf = fit_cf(dataset, replace(config.collaborative, model=config.cf, seed=seed), out=None, progress=progress)
+    cf.save(folder.path)
+    folder.update(cf={"name": cf.name, "given": config.cf, "fingerprint": dataset.fingerprint})
+    return cf
+
+
+def _parts(work: Work) -> None:
+    _baselines(work)
+    adapter = work.folder.path / "adapter"
+    for row, mapper in wanted_rows(work.config):
+        work.stop.check()
+        if mapper is None:
+            fresh_lora(work.base, work.config.lora, work.config.seed)
+        elif row.startswith("stage2") and (adapter / "adapter_config.json").is_file():
+            _ensure_adapter(work, adapter)
+        if work.folder.record.get("stages", {}).get(row, {}).get("done"):
+            continue
+        with _timed(work.folder, row):
+            _stage(work, row, mapper)
+    with _timed(work.folder, "report"):
+        for sentence in write_report(work.folder):
+            logger.info("%s", sentence)
+
+
+def _ensure_adapter(work: Work, adapter: Path) -> None:
+    """Stage 2 stands on the saved adapter: the one stage 1 just wrote, or of a finished stage 1 of this folder."""
+    from collm_fast.models.lora import lora_layers
+
+    if next(lora_layers(work.base.llm), None) is None:
+        fresh_lora(work.base, work.config.lora, work.config.seed)
+    load_adapter(work.base.llm, adapter)
+
+
+def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
+    """Train one row of the table, keep its best state, score the test rows."""
+    config, base, folder = work.config, work.base, work.folder
+    stage = "stage1" if mapper_config is None else "stage2"
+    settings = config.stage1 if mapper_config is None else config.stage2
+    train, valid, test = (
+        base.prompts(stage, work.split(name), work.dataset, config) for name in (stage, "valid", "test")
+    )
+    mapper, pairs = None, False
+    if mapper_config is not None:
+        seen = ~held_out_rows(work.dataset.splits["train"], work.cf.config.held_out)
+        stats = statistics(mapper_config, work.dataset, seen)
+        pairs = "+pair" in mapper_config.inputs
+        mapper = fresh_mapper(mapper_config, work.cf.user.shape[1], base.hidden_size, stats, config.seed)
+        model = base.model(stage, config, work.cf, mapper, stats)
+        set_dropout(base.llm, config.stage2_lora_dropout)
+    else:
+        model = base.model(stage, config)
+        set_dropout(base.llm, True)
+    parameters = set_trainable(model, "lora" if mapper is None else "cie")
+    total = total_steps(settings, len(train.label), config.max_steps)
+    logger.info("%s: %d steps over %d prompts, %d validation rows", row, total, len(train.label), len(valid.label))
+    options = LoopOptions(
+        name=row,
+        folder=folder.path / "checkpoints" / row,
+        seed=config.seed,
+        device=base.device,
+        order=config.order,
+        pairs=pairs,
+        tokens_per_batch=config.tokens_per_batch,
+        checkpoint_minutes=config.checkpoint_minutes,
+        resume=work.resume,
+        progress=work.progress,
+        events=work.events,
+    )
+    result = train_stage(model, parameters, train, valid, settings, total, options, work.stop)
+    if mapper is None:
+        save_adapter(base.llm, folder.path / "adapter", config.llm, config.lora)
+    else:
+        main = mapper_config is not None and mapper_config.inputs == config.mapper.inputs
+        name = mapper_file("embedding" if main else mapper.config.inputs)
+        save_mapper(folder.path / name, mapper, {"data": work.dataset.fingerprint, "llm": base.fingerprint})
+    logits = score_prompts(
+        model,
+        test,
+        tokens_per_batch=config.tokens_per_batch,
+        pairs=pairs,
+        progress=f"{row} test" if work.progress else None,
+        check=work.stop.check,
+    )
+    for name, values in (("valid", result.valid_logits), ("test", logits)):
+        scores = values, sigmoid(values)
+        add_scores(folder, work.dataset, name, work.split(name), row, scores, seed=config.seed)
+    folder.write_json("history.json", {**folder.read_json("history.json"), row: vars(result.history)})
+    examples = folder.record.get("prompt_examples", {})
+    record = {
+        "done": True,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "best_auc": result.best_auc,
+        "first_auc": result.history.valid_auc[0],
+        "train_rows": len(train.label),
+        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+    }
+    if mapper is not None:
+        record["inputs"] = mapper.config.inputs
+    folder.update(stages={row: record}, prompt_examples={**examples, stage: prompt_text(base.tokenizer, train, 0)})
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("collm-fast", "torch", "transformers", "tokenizers", "numpy", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _timed(folder: RunFolder, part: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        if folder.path.is_dir():
+            before = folder.record.get("seconds", {}).get(part, 0.0)
+            folder.update(seconds={part: round(before + time.monotonic() - started, 2)})
+
+
+def _events(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard is not installed: the run has no events")
+        return None
+    return SummaryWriter(str(out / "events"))

@@ -1,0 +1,175 @@
+"""What a stage trains, and how its model is put together from the language model, the adapter and the mapper.
+
+The steps are `loop.py`'s, the order of the parts `pipeline.py`'s. Floor F3.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from collm_fast.config import LoraConfig, MapperConfig, TrainConfig, from_mapping, to_mapping
+from collm_fast.data.dataset import Dataset, Split
+from collm_fast.data.prompts import Prompts, PromptTemplate, cached_tokenize, tokenize
+from collm_fast.data.templates import TAGS
+from collm_fast.io.atomic import write_atomic
+from collm_fast.models.cf.frozen import CFModel
+from collm_fast.models.collm import CoLLM
+from collm_fast.models.llm import answer_ids, cache_folder, fingerprint, load_llm, resolve_device, resolve_dtype
+from collm_fast.models.lora import add_lora
+from collm_fast.models.mapper import IdStatistics, Mapper, id_statistics
+from collm_fast.training.loop import derived_seed
+
+# What a stage trains, by the last words of its parameters' names; everything else is frozen.
+TRAINABLE = {"lora": ("lora_A", "lora_B"), "cie": ("mapper",)}
+
+
+def set_trainable(model: nn.Module, stage: str) -> dict[str, nn.Parameter]:
+    """Freeze all parameters but those of the stage; returns these by name.
+
+    Raises: ValueError for a stage without any, such as `lora` on a model without adapters.
+    """
+    words = set(TRAINABLE[stage])
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        trains = not words.isdisjoint(name.split("."))
+        parameter.requires_grad_(trains)
+        if trains:
+            chosen[name] = parameter
+    if not chosen:
+        raise ValueError(f"stage {stage}: expected a model with {' or '.join(TRAINABLE[stage])}, got one without")
+    return chosen
+
+
+@dataclass
+class Base:
+    """A loaded language model with what every stage needs of it."""
+
+    llm: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: str
+    templates: dict[str, PromptTemplate]  # "stage1", "stage2"
+    answers: dict[str, tuple[int, int]]  # ids of yes and no, by the template's end
+
+    @classmethod
+    def load(cls, config: TrainConfig, dataset: Dataset) -> Base:
+        """Raises: ValueError for a model, a template or answers that cannot be used."""
+        templates = {
+            "stage1": PromptTemplate.load(config.prompt.stage1, dataset.domain, stage=1),
+            "stage2": PromptTemplate.load(config.prompt.stage2, dataset.domain, stage=2),
+        }
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, device)
+        llm, tokenizer = load_llm(config.llm, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+        answers = {
+            name: answer_ids(tokenizer, _end(template), config.prompt.yes, config.prompt.no)
+            for name, template in templates.items()
+        }
+        return cls(llm, tokenizer, device, dtype, fingerprint(llm), templates, answers)
+
+    def model(
+        self,
+        stage: str,
+        config: TrainConfig,
+        cf: CFModel | None = None,
+        mapper: Mapper | None = None,
+        stats: IdStatistics | None = None,
+    ) -> CoLLM:
+        """The hybrid model of `stage1` (text only) or `stage2` over this language model."""
+        yes, no = self.answers[stage]
+        if stage == "stage1":
+            cf = mapper = stats = None
+        model = CoLLM(self.llm, yes_id=yes, no_id=no, loss=config.loss, cf=cf, mapper=mapper, stats=stats)
+        return model.to(self.device)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the language model's embedding rows."""
+        return int(self.llm.get_input_embeddings().weight.shape[1])
+
+    def prompts(
+        self, stage: str, split: Split, dataset: Dataset, config: TrainConfig, *, cache: bool = True
+    ) -> Prompts:
+        """The rows of a split as tokens of the stage's prompt; `cache` keeps them for the next run."""
+        sizes = {"history_length": config.prompt.history_length, "tokens_per_id": config.mapper.tokens_per_id}
+        inputs = split, self.templates[stage], self.tokenizer, dataset.titles
+        return cached_tokenize(cache_folder() / "prompts", *inputs, **sizes) if cache else tokenize(*inputs, **sizes)
+
+
+def _end(template: PromptTemplate) -> str:
+    """The text of a prompt after its last tag."""
+    return "" if template.pieces[-1] in TAGS else template.pieces[-1]
+
+
+def fresh_lora(base: Base, config: LoraConfig, seed: int) -> None:
+    """Add LoRA layers, drawn from the seed alone."""
+    add_lora(base.llm, config, torch.Generator().manual_seed(derived_seed(seed, "lora", "init")))
+
+
+def fresh_mapper(config: MapperConfig, d: int, H: int, stats: IdStatistics | None, seed: int) -> Mapper:
+    """A mapper drawn from the seed alone; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, "mapper", config.inputs))
+        return Mapper(d, H, config, stats.dim if stats else 0)
+
+
+def statistics(config: MapperConfig, dataset: Dataset, seen: NDArray[np.bool_]) -> IdStatistics | None:
+    """The statistics a `+stats` mapper reads, over the train rows that the collaborative model was fitted to."""
+    return id_statistics(dataset, seen) if "+stats" in config.inputs else None
+
+
+def mapper_file(inputs: str) -> str:
+    """The name of a mapper in its run folder: an ablation's carries what it reads."""
+    return f"mapper{inputs if inputs != 'embedding' else ''}.safetensors"
+
+
+def save_mapper(path: Path, mapper: Mapper, made_for: dict[str, str]) -> None:
+    """Write a mapper with its form and the fingerprints of what it was trained with."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in mapper.state_dict().items()}
+    form = {"config": to_mapping(mapper.config), "d": mapper.d, "H": mapper.H, "stats_dim": mapper.stats_dim}
+    metadata = {"form": json.dumps(form), **made_for}
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_mapper(path: Path) -> Mapper:
+    """Read what `save_mapper` wrote.
+
+    Raises: ValueError naming the file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            form = json.loads((file.metadata() or {})["form"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        mapper = Mapper(form["d"], form["H"], from_mapping(MapperConfig, form["config"]), form["stats_dim"])
+        mapper.load_state_dict(tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"mapper: expected a mapper of collm_fast in {path}, got {error}") from error
+    return mapper
+
+
+def prompt_text(tokenizer: Any, prompts: Prompts, row: int) -> str:
+    """One prompt as text, its injected rows by their names."""
+    names = {1: "⟨user⟩", 2: "⟨item⟩", 3: "⟨target item⟩"}
+    part = slice(prompts.offsets[row], prompts.offsets[row + 1])
+    text = ""
+    run: list[int] = []
+    for token, role, place in zip(
+        prompts.token_ids[part], prompts.slot_role[part], prompts.slot_part[part], strict=True
+    ):
+        if role == 0:
+            run.append(int(token))
+            continue
+        text += tokenizer.decode(run) + (names[int(role)] if place == 0 else "")
+        run = []
+    return text + tokenizer.decode(run)
