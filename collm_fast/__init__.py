@@ -11,13 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-import logging as _logging  # TEMPORARY-SKELETON: tolerant until every module exists
-
-try:
-    from collm_fast import graph, metrics, ops, reference
-    from collm_fast.graph import BipartiteGraph
-except ImportError as _e:
-    _logging.getLogger(__name__).warning("skeleton: %s", _e)
+from collm_fast import graph, metrics, ops, reference
+from collm_fast.graph import BipartiteGraph
 
 if TYPE_CHECKING:
     from collm_fast.environment import env
