@@ -139,22 +139,29 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  float mine = 0.0f;
+  // 32 sums over 32 lanes in 31 shuffles: each step hands half of a lane's sums to its partner, lane l ends with sum l.
+  float all[kProjectRows * kRankTile];
 #pragma unroll
-  for (int i = 0; i < kProjectRows; ++i) {
+  for (int e = 0; e < kProjectRows * kRankTile; ++e) {
+    all[e] = sum[e / kRankTile][e % kRankTile];
+  }
+  static_assert(kProjectRows * kRankTile == 32);
 #pragma unroll
-    for (int j = 0; j < kRankTile; ++j) {
+  for (int step = 0; step < 5; ++step) {
+    const int half = 16 >> step;
+    const bool upper = (lane & half) != 0;
 #pragma unroll
-      for (int flip = 16; flip > 0; flip /= 2) {
-        sum[i][j] += __shfl_xor_sync(0xFFFFFFFFu, sum[i][j], flip);
+    for (int e = 0; e < 16; ++e) {
+      if (e < half) {
+        const float given = upper ? all[e] : all[e + half], kept = upper ? all[e + half] : all[e];
+        all[e] = kept + __shfl_xor_sync(0xFFFFFFFFu, given, half);
       }
-      mine = lane == i * kRankTile + j ? sum[i][j] : mine;
     }
   }
   const int64_t m = m0 + lane / kRankTile;
   const int j = j0 + lane % kRankTile;
   if (m < M && j < r) {
-    out[m * r + j] = scale * mine;
+    out[m * r + j] = scale * all[0];
   }
 }
 
