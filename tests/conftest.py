@@ -30,6 +30,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 sys.modules["conftest"] = sys.modules[__name__]
 
 ROOT = Path(__file__).resolve().parents[1]
+# Helpers beside the tests: backends, triton_aot, small_llm, ..., and emulation. A conftest.py in a folder below would
+# hide this one's name.
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "cuda_on_cpu")]
 SKIPS = {
     "cuda": "needs a CUDA GPU",
     "nvcc": "needs nvcc",

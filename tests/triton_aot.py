@@ -1,7 +1,7 @@
 """Compiles a Triton kernel ahead of time for sm_90, without a GPU, and says what the code needs.
 
 Used by the Triton part of tests/ops/test_<family>.py; the kernels themselves are run in the interpreter there, see
-`backends.py`. A test imports both by `from triton_aot import ...` (tests/ops/conftest.py puts this folder on the path).
+`backends.py`. tests/conftest.py puts this folder on the path: `from triton_aot import compile_for_hopper`.
 
     code = compile_for_hopper(kernels.propagate.layer_kernel, {"table": "*fp32", "D": "i32"}, {"BLOCK_D": 64})
     assert code.spills == 0 and code.registers <= 128
@@ -30,9 +30,9 @@ class Code:
 
 def ptxas() -> Path:
     """The assembler that Triton itself uses."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    return Path(knobs.nvidia.ptxas.path)
+    return Path(get_ptxas(90).path)
 
 
 def compile_for_hopper(

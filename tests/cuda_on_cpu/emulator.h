@@ -327,7 +327,9 @@ std::vector<T> read(const std::string& name) {
   const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   std::vector<T> values(bytes.size() / sizeof(T));
   values.shrink_to_fit();
-  std::memcpy(static_cast<void*>(values.data()), bytes.data(), values.size() * sizeof(T));
+  if (!values.empty()) {
+    std::memcpy(static_cast<void*>(values.data()), bytes.data(), values.size() * sizeof(T));
+  }
   return values;
 }
 
@@ -341,7 +343,9 @@ void write(const std::string& name, const std::vector<T>& values) {
 template <typename T>
 std::vector<T> poisoned(size_t count) {
   std::vector<T> values(count);
-  std::memset(static_cast<void*>(values.data()), 0xFF, count * sizeof(T));
+  if (count > 0) {
+    std::memset(static_cast<void*>(values.data()), 0xFF, count * sizeof(T));
+  }
   return values;
 }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import emulation
 import pytest
 import torch
+from conftest import requires
 
-pytestmark = pytest.mark.skipif(not emulation.has_compiler(), reason="needs g++")
+pytestmark = requires("compiler")
 
 
 def run(fault: int, order: int = 0, n: int = 300) -> torch.Tensor:
