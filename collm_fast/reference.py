@@ -88,6 +88,8 @@ def lightgcn_propagate(
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:
     """table[index], zero where index is -1. See `collm_fast.ops.gather_rows`."""
+    if table.shape[0] == 0:
+        return table.new_zeros(*index.shape, table.shape[1])
     out = table[index.clamp_min(0).long()]
     return out.masked_fill((index < 0)[..., None], 0)
 
@@ -97,13 +99,14 @@ def scatter_rows(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     wide = torch.promote_types(grad.dtype, torch.float32)
     flat, keep = index.reshape(-1).long(), index.reshape(-1) >= 0
     out = torch.zeros(num_rows, grad.shape[-1], dtype=wide, device=grad.device)
-    return out.index_add(0, flat[keep], grad.reshape(-1, grad.shape[-1])[keep].to(wide)).to(grad.dtype)
+    places = grad.reshape(len(flat), grad.shape[-1])[keep]
+    return out.index_add(0, flat[keep], places.to(wide)).to(grad.dtype)
 
 
 def embed_inject(token_ids: Tensor, table: Tensor, rows: Tensor, row_index: Tensor) -> Tensor:
     """rows[row_index] where row_index >= 0, else table[token_ids]. See `collm_fast.ops.embed_inject`."""
-    if rows.shape[0] == 0:
-        return table[token_ids]
+    if rows.shape[0] == 0 or table.shape[0] == 0:
+        return table[token_ids] if rows.shape[0] == 0 else rows[row_index.long()]
     text = table[token_ids.masked_fill(row_index >= 0, 0)]
     return torch.where((row_index >= 0)[..., None], rows[row_index.clamp_min(0).long()], text)
 
