@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_fast.data.ragged import I64, take_ragged
+from collm_fast.data.ragged import I64, Array, take_ragged
 
 SPLITS = ("train", "valid", "test")
 FORMAT = 1
@@ -43,7 +43,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.uid)
 
-    def take(self, index: NDArray | Sequence[int]) -> Split:
+    def take(self, index: Array | Sequence[int]) -> Split:
         """The rows at `index` (int64 positions or a bool mask), in that order."""
         index = np.asarray(index)
         rows = np.flatnonzero(index) if index.dtype == np.bool_ else index.astype(np.int64)
@@ -84,14 +84,14 @@ class Dataset:
     splits: dict[str, Split]
     num_users: int
     num_items: int
-    raw_users: NDArray
-    raw_items: NDArray
+    raw_users: Array
+    raw_items: Array
 
-    def user_index(self, raw_ids: Sequence[Any] | NDArray) -> I64:
+    def user_index(self, raw_ids: Sequence[Any] | Array) -> I64:
         """Our user ids [n] int64 of the source's ids; ValueError names the first one that the dataset does not have."""
         return _lookup("user", raw_ids, self.raw_users)
 
-    def item_index(self, raw_ids: Sequence[Any] | NDArray) -> I64:
+    def item_index(self, raw_ids: Sequence[Any] | Array) -> I64:
         """Our item ids [n] int64 of the source's ids; ValueError names the first one that the dataset does not have."""
         return _lookup("item", raw_ids, self.raw_items)
 
@@ -110,7 +110,7 @@ class Dataset:
         return digest.hexdigest()
 
 
-def _lookup(kind: str, raw_ids: Sequence[Any] | NDArray, known: NDArray) -> I64:
+def _lookup(kind: str, raw_ids: Sequence[Any] | Array, known: Array) -> I64:
     wanted = np.asarray(raw_ids).reshape(-1)
     # Text compares with text and numbers with numbers: "196" finds user 196, and 196 finds the user called "196".
     if np.issubdtype(known.dtype, np.integer) and not np.issubdtype(wanted.dtype, np.integer):
@@ -184,7 +184,7 @@ def _read(folder: Path, name: str, meta: dict[str, Any], columns: Sequence[str])
         raise ValueError(f"load_dataset: expected Parquet in {file}, got {str(error).splitlines()[0]}") from error
 
 
-def _by_index(index: Any, raw: Any, name: str) -> NDArray:
+def _by_index(index: Any, raw: Any, name: str) -> Array:
     """Raw ids with entry 0 unused; the file's rows must be numbered 1, 2, .."""
     if not np.array_equal(index.to_numpy(), np.arange(1, len(index) + 1)):
         raise ValueError(f"load_dataset: expected ids 1, 2, .. in {name}, got another numbering")

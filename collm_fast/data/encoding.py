@@ -29,13 +29,15 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.bos = _bos(tokenizer)
-        self._special = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
-        self._backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
+        self._special: dict[str, int] = {
+            token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens
+        }
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
         self._marked: Any = None
 
     @property
     def fingerprint(self) -> str:
-        if self._backend is not None and hasattr(self._backend, "to_str"):
+        if self._is_fast():
             described = self._backend.to_str()
         else:
             described = f"{type(self._tokenizer).__name__}:{sorted(self._tokenizer.get_vocab().items())}"
@@ -50,7 +52,9 @@ class Encoder:
         out: list[str | int] = []
         for piece in pieces:
             parts = [piece] if piece in TAGS else pattern.split(piece)
-            out.extend(self._special.get(part, part) for part in parts if part)
+            for part in parts:
+                if part:
+                    out.append(self._special.get(part, part))
         return out
 
     def encode(self, keys: Sequence[tuple[str, bool] | int]) -> tuple[I64, NDArray[np.int32]]:
@@ -67,7 +71,7 @@ class Encoder:
         return offsets, np.fromiter((token for ids in out for token in ids), dtype=np.int32, count=int(offsets[-1]))
 
     def _encode(self, texts: list[str], first: bool) -> list[list[int]]:
-        if self._backend is None or not hasattr(self._backend, "to_str"):
+        if not self._is_fast():
             encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
             return [list(ids) for ids in encoded["input_ids"]]
         marked = self._marked_copy()
@@ -75,6 +79,9 @@ class Encoder:
             return [encoding.ids for encoding in marked.encode_batch_fast(texts, add_special_tokens=False)]
         encodings = marked.encode_batch_fast([_MARK + text for text in texts], add_special_tokens=False)
         return [encoding.ids[1:] for encoding in encodings]
+
+    def _is_fast(self) -> bool:
+        return self._backend is not None and hasattr(self._backend, "to_str")
 
     def _marked_copy(self) -> Any:
         if self._marked is None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collm_fast.data.dataset import SPLITS, Split, file_hash
-from collm_fast.data.ragged import I64, spans
+from collm_fast.data.ragged import I64, Array, spans
 
 # Bounds the memory of writing: histories of many rows hold far more titles than one Arrow array can address.
 ROWS_PER_GROUP = 16384
@@ -33,8 +33,8 @@ class Contents:
 
     splits: dict[str, Split]
     titles: list[str]
-    raw_users: NDArray
-    raw_items: NDArray
+    raw_users: Array
+    raw_items: Array
     rating: NDArray[np.float64] | None
 
 
@@ -96,7 +96,7 @@ def _write_maps(folder: Path, contents: Contents) -> None:
 def _write_interactions(file: Path, contents: Contents) -> None:
     import pyarrow as pa
 
-    def joined(name: str) -> NDArray:
+    def joined(name: str) -> Array:
         return np.concatenate([getattr(contents.splits[split], name) for split in SPLITS])
 
     uid, iid, label = joined("uid"), joined("iid"), joined("label")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_fast.data.ragged import I64, offsets_of, spans
+from collm_fast.data.ragged import I64, Array, offsets_of, spans
 
 if TYPE_CHECKING:
     from collm_fast.data.dataset import Dataset
@@ -54,7 +54,7 @@ def histories(user: I64, item: I64, liked: NDArray[np.bool_], block_start: I64) 
     return offsets_of(lengths), item[liked][spans(starts, lengths)]
 
 
-def history_before(dataset: Dataset, uid: NDArray | list[int], at: Any = None) -> tuple[I64, I64]:
+def history_before(dataset: Dataset, uid: Array | list[int], at: Any = None) -> tuple[I64, I64]:
     """What each user liked before a moment: (offsets [n + 1], items), both int64, oldest first.
 
     Args:
@@ -89,7 +89,7 @@ def history_before(dataset: Dataset, uid: NDArray | list[int], at: Any = None) -
     return offsets_of(lengths), item[spans(starts.astype(np.int64), lengths)]
 
 
-def _count_earlier(user: I64, time: I64, uid: I64, moment: NDArray) -> I64:
+def _count_earlier(user: I64, time: I64, uid: I64, moment: Array) -> I64:
     """For each (uid, moment) the rows of uid with time < moment; `user` and `time` are sorted by (user, time)."""
     row_user = np.concatenate([user, uid])
     row_time = np.concatenate([time.astype(np.float64), moment.astype(np.float64)])

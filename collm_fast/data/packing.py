@@ -16,7 +16,7 @@ from torch import Tensor
 
 from collm_fast import _native
 from collm_fast.data.prompts import TARGET, TEXT, USER, Prompts
-from collm_fast.data.ragged import I64, offsets_of, spans
+from collm_fast.data.ragged import I64, Array, offsets_of, spans
 
 Order = Literal["group", "random", "flat"]
 Plan = tuple[I64, I64, NDArray[np.int32], NDArray[np.int32], I64]
@@ -65,7 +65,7 @@ class PackedBatch:
         return same_tree & earlier & ((branch[None, :] == -1) | (branch[:, None] == branch[None, :]))
 
 
-def pack(prompts: Prompts, rows: NDArray, *, share_prefix: bool = True, pairs: bool = False) -> PackedBatch:
+def pack(prompts: Prompts, rows: Array, *, share_prefix: bool = True, pairs: bool = False) -> PackedBatch:
     """Lay out the prompts of `rows` [B] (positions in `prompts`) as one packed batch.
 
     With share_prefix, rows of one group form a tree: their longest common prefix once, then each row's own tokens.
@@ -208,7 +208,7 @@ def batches(
     batch_size: int | None = None,
     max_tokens: int | None = None,
     generator: np.random.Generator | None = None,
-    rows: NDArray | None = None,
+    rows: Array | None = None,
 ) -> list[I64]:
     """The rows of each batch of one pass; every row of `rows` (default: all) comes exactly once.
 
@@ -254,7 +254,8 @@ def _group_batches(
     out: list[I64] = []
     waiting = list(reversed(pieces))  # the next piece is the last
     while waiting:
-        batch, count, tokens = [], 0, 0
+        batch: list[I64] = []
+        count = tokens = 0
         while waiting and count < size:
             for back in range(1, min(_LOOK_AHEAD, len(waiting)) + 1):
                 rows, cost = waiting[-back]
@@ -306,7 +307,7 @@ def common_prefix(prompts: Prompts, rows: I64, others: I64) -> I64:
     """[n] int64: how many tokens rows[i] and others[i] begin with alike, at most one less than the shorter has."""
     start, other = prompts.offsets[rows], prompts.offsets[others]
     lengths = np.minimum(prompts.offsets[rows + 1] - start, prompts.offsets[others + 1] - other) - 1
-    out = lengths.copy()
+    out: I64 = lengths.copy()
     # A bounded number of tokens at a time: a whole split would make arrays of hundreds of megabytes.
     for begin in range(0, len(rows), 4096):
         part = slice(begin, begin + 4096)

@@ -17,7 +17,7 @@ from collm_fast.config import PrepareConfig
 from collm_fast.data.dataset import FORMAT, SPLITS, Dataset, Split, file_hash, load_dataset
 from collm_fast.data.folder import Contents, check_out, write_folder
 from collm_fast.data.history import fixed_blocks, histories, row_blocks
-from collm_fast.data.ragged import I64, take_ragged
+from collm_fast.data.ragged import I64, Array, take_ragged
 from collm_fast.data.readers import RawData, read_raw
 from collm_fast.data.readers.published import read_published
 from collm_fast.data.splits import ML1M_MONTHS, WARM_RULES, by_user, calendar_months, calendar_quantiles, not_cold
@@ -64,7 +64,7 @@ def _published(config: PrepareConfig) -> tuple[Contents, dict[str, Any]]:
             raise ValueError(f"prepare: expected {rule}, got {getattr(config, name)!r}")
     found = read_published(config.input, config.allow_pickle)
     # The published ids are already numbers from 1: they are their own raw ids.
-    users, items = np.arange(found.num_users), np.arange(len(found.titles))
+    users, items = (np.append(-1, np.arange(1, size)) for size in (found.num_users, len(found.titles)))
     contents = Contents(found.splits, found.titles, users, items, None)
     meta = {
         "domain": config.domain or found.domain,
@@ -146,7 +146,7 @@ def _apply_history(
     return fixed_blocks(uid, split, config.history_block), meta
 
 
-def number_ids(raw: NDArray) -> tuple[I64, NDArray]:
+def number_ids(raw: Array) -> tuple[I64, Array]:
     """(ids [n] from 1 in the order of first occurrence, raw id by id with entry 0 unused)."""
     distinct, first, inverse = np.unique(raw, return_index=True, return_inverse=True)
     order = np.argsort(first)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from collm_fast.data.dataset import Split
 from collm_fast.data.encoding import Encoder
-from collm_fast.data.ragged import I64, offsets_of, spans, take_ragged
+from collm_fast.data.ragged import I64, Array, offsets_of, spans, take_ragged
 from collm_fast.data.templates import PromptTemplate
 from collm_fast.io.atomic import write_atomic
 
@@ -55,14 +55,14 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.uid)
 
-    def take(self, rows: NDArray | Sequence[int]) -> Prompts:
+    def take(self, rows: Array | Sequence[int]) -> Prompts:
         """The rows at `rows` (int64 positions or a bool mask), in that order; group numbers stay as they are."""
         rows = np.asarray(rows)
         index = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows.astype(np.int64)
         offsets, places = take_ragged(self.offsets, np.arange(len(self.token_ids)), index)
-        flat = (getattr(self, name)[places] for name in ("token_ids", "slot_role", "slot_id", "slot_part"))
-        rowwise = (getattr(self, name)[index] for name in ("group", "uid", "iid", "label"))
-        return Prompts(offsets, *flat, *rowwise, self.tokens_per_id)
+        flat = {name: getattr(self, name)[places] for name in ("token_ids", "slot_role", "slot_id", "slot_part")}
+        rowwise = {name: getattr(self, name)[index] for name in ("group", "uid", "iid", "label")}
+        return replace(self, offsets=offsets, **flat, **rowwise)
 
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file, atomically."""
@@ -228,8 +228,8 @@ class _Rows:
         repeated = np.repeat(slot, lengths)
         token_ids[place[~repeated]] = tokens[spans(starts[~slot], lengths[~slot])]
 
-        def at_slots(values: list[int], dtype: type) -> NDArray:
-            out = np.zeros(total, dtype=dtype)
+        def at_slots(values: list[int], dtype: type) -> Array:
+            out: Array = np.zeros(total, dtype=dtype)
             out[place[repeated]] = np.array(values, dtype=np.int64)[slot]
             return out
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[Any]
 I64 = NDArray[np.int64]
 
 
@@ -22,7 +25,7 @@ def spans(starts: I64, lengths: I64) -> I64:
     return out + np.repeat(starts - offsets_of(lengths)[:-1], lengths)
 
 
-def take_ragged(offsets: I64, values: NDArray, rows: I64) -> tuple[I64, NDArray]:
+def take_ragged(offsets: I64, values: Array, rows: I64) -> tuple[I64, Array]:
     """The rows `rows` of a ragged array, as a ragged array."""
     starts = offsets[rows]
     lengths = offsets[rows + 1] - starts

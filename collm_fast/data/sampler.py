@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from collm_fast import _native
-from collm_fast.data.ragged import I64, offsets_of
+from collm_fast.data.ragged import I64, Array, offsets_of
 from collm_fast.reference import philox
 
 # "BPRN": the last counter word, which no other use of a seed shares.
@@ -31,7 +31,7 @@ class Positives:
     num_items: int
 
     @classmethod
-    def of(cls, uid: NDArray, iid: NDArray, num_users: int, num_items: int) -> Positives:
+    def of(cls, uid: Array, iid: Array, num_users: int, num_items: int) -> Positives:
         """From the (user, item) rows that count as positive; ids start at 1, the table sizes include padding 0."""
         uid, iid = np.asarray(uid, dtype=np.int64), np.asarray(iid, dtype=np.int64)
         for name, ids, size in (("users", uid, num_users), ("items", iid, num_items)):
@@ -44,7 +44,7 @@ class Positives:
         return cls(offsets_of(counts), key % num_items, num_items)
 
 
-def sample_negatives(users: NDArray, positives: Positives, *, seed: int, epoch: int = 0, first_row: int = 0) -> I64:
+def sample_negatives(users: Array, positives: Positives, *, seed: int, epoch: int = 0, first_row: int = 0) -> I64:
     """One item in [1, num_items) for each row, uniform over those that are no positives of the row's user.
 
     Row r's words are philox(seed; r low, r high | call << 16, epoch, "BPRN") for call = 0, 1, .. with r counted from

@@ -103,7 +103,8 @@ def _split(columns: dict[str, Any], file: Path) -> Split:
     for name in NUMBERS:
         values = columns[name].to_numpy() if hasattr(columns[name], "to_numpy") else np.asarray(columns[name])
         try:
-            numbers[name] = values.astype(np.int64)
+            with np.errstate(invalid="ignore"):  # NaN becomes some number, which then differs from NaN
+                numbers[name] = values.astype(np.int64)
             exact = bool((numbers[name] == values).all())
         except (TypeError, ValueError):
             exact = False

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_fast.data.ragged import I64
+from collm_fast.data.ragged import I64, Array
 
 log = logging.getLogger(__name__)
 SHOWN = 10
@@ -64,8 +64,8 @@ class RawData:
     timestamp [n] int64 seconds; titles: item id as text -> title; files: what was read; domain: what the items are.
     """
 
-    user: NDArray
-    item: NDArray
+    user: Array
+    item: Array
     rating: NDArray[np.float64]
     timestamp: I64
     titles: dict[str, str]
@@ -152,7 +152,7 @@ def assemble(
     )
 
 
-def ids_array(ids: list[str]) -> NDArray:
+def ids_array(ids: list[str]) -> Array:
     """[n] int64 where every id is a whole number in its usual form (no leading zeros), else [n] str."""
     distinct = set(ids)
     whole = all(text.isascii() and text.isdigit() and (text[0] != "0" or text == "0") for text in distinct)
