@@ -64,9 +64,9 @@ def project_kernel(
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """out [M, r] = scale * (v [M, C], dropped) factor [r, C]^T. One program takes BLOCK_M rows."""
+    """out [M, r] = scale * (v [M, C], dropped) factor [r, C]^T. One program takes BLOCK_M rows and RANK ranks."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rank = tl.arange(0, RANK).to(tl.int64)
+    rank = (tl.program_id(1) * RANK + tl.arange(0, RANK)).to(tl.int64)
     total = tl.zeros((BLOCK_M, RANK), dtype=SUM)
     for first in range(0, C, BLOCK_C):
         column = (first + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -110,12 +110,14 @@ def expand_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * BLOCK_C
     column = (first + tl.arange(0, BLOCK_C)).to(tl.int64)
-    rank = tl.arange(0, RANK).to(tl.int64)
-    there = (row < M)[:, None] & (rank < r)[None, :]
-    coefficient = tl.load(s + row[:, None] * r + rank[None, :], mask=there, other=0).to(SUM) * scale
-    there = (rank < r)[:, None] & (column < C)[None, :]
-    f = tl.load(factor + rank[:, None] * factor_j + column[None, :] * factor_c, mask=there, other=0).to(SUM)
-    value = tl.dot(coefficient, f, input_precision="ieee", out_dtype=SUM)
+    value = tl.zeros((BLOCK_M, BLOCK_C), dtype=SUM)
+    for first_rank in range(0, r, RANK):
+        rank = (first_rank + tl.arange(0, RANK)).to(tl.int64)
+        there = (row < M)[:, None] & (rank < r)[None, :]
+        coefficient = tl.load(s + row[:, None] * r + rank[None, :], mask=there, other=0).to(SUM) * scale
+        there = (rank < r)[:, None] & (column < C)[None, :]
+        f = tl.load(factor + rank[:, None] * factor_j + column[None, :] * factor_c, mask=there, other=0).to(SUM)
+        value += tl.dot(coefficient, f, input_precision="ieee", out_dtype=SUM)
     if DROP:
         keep = dropout_keep(tl.load(seed), row, first, stream, threshold, BLOCK_M, BLOCK_C)
         value = tl.where(keep, value, 0.0)
@@ -144,11 +146,11 @@ def outer_kernel(
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """partial[p] [r, C] = s^T (v, dropped) over the rows of part p. One program takes BLOCK_C columns of one part."""
+    """partial[p] [r, C] = s^T (v, dropped) over the rows of part p. One program takes RANK ranks and BLOCK_C columns of one part."""
     first = tl.program_id(0) * BLOCK_C
     part = tl.program_id(1).to(tl.int64)
     column = (first + tl.arange(0, BLOCK_C)).to(tl.int64)
-    rank = tl.arange(0, RANK).to(tl.int64)
+    rank = (tl.program_id(2) * RANK + tl.arange(0, RANK)).to(tl.int64)
     end = tl.minimum((part + 1) * rows_per_part, M)
     total = tl.zeros((RANK, BLOCK_C), dtype=SUM)
     for start in range(0, rows_per_part, BLOCK_M):
@@ -166,9 +168,8 @@ def outer_kernel(
 
 
 def blocks(r: int) -> dict[str, int]:
-    """Tile sizes by rank: tl.dot wants at least 16, and a large rank takes the registers of rows and columns."""
-    rank = max(16, triton.next_power_of_2(r))
-    return {"BLOCK_M": 32 if rank <= 64 else 16, "BLOCK_C": 64 if rank <= 64 else 32, "RANK": rank}
+    """Tile sizes by rank: tl.dot wants at least 16; 32 ranks and more are taken 32 at a time, or registers spill."""
+    return {"BLOCK_M": 32, "BLOCK_C": 64, "RANK": 16} if r <= 16 else {"BLOCK_M": 16, "BLOCK_C": 32, "RANK": 32}
 
 
 def _sum_type(v: Tensor) -> tl.dtype:
@@ -193,7 +194,7 @@ def _project(v: Tensor, factor: Tensor, scale: float, seed: Tensor | None, strea
     (M, C), r = v.shape, factor.shape[0]
     out = v.new_empty((M, r), dtype=torch.promote_types(v.dtype, torch.float32))
     size = blocks(r)
-    project_kernel[(triton.cdiv(M, size["BLOCK_M"]),)](
+    project_kernel[(triton.cdiv(M, size["BLOCK_M"]), triton.cdiv(r, size["RANK"]))](
         out,
         v,
         factor,
@@ -259,7 +260,7 @@ def _outer(v: Tensor, s: Tensor, scale: float, seed: Tensor | None, stream: int,
     rows = triton.cdiv(M, min(triton.cdiv(M, 64), 128, fit))
     parts = triton.cdiv(M, rows)
     partial = s.new_empty((parts, r, C))
-    outer_kernel[(triton.cdiv(C, size["BLOCK_C"]), parts)](
+    outer_kernel[(triton.cdiv(C, size["BLOCK_C"]), parts, triton.cdiv(r, size["RANK"]))](
         partial,
         v,
         s,
