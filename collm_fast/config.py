@@ -79,6 +79,9 @@ class CFConfig:
         _require(0 <= self.held_out < 1, "cf.held_out", "in [0, 1)", self.held_out)
         _require(self.batch_size >= 1, "cf.batch_size", "at least 1", self.batch_size)
         _require(self.patience >= 1, "cf.patience", "at least 1", self.patience)
+        _require(self.max_epochs >= 1, "cf.max_epochs", "at least 1", self.max_epochs)
+        _require(self.lr is None or self.lr > 0, "cf.lr", "above 0", self.lr)
+        _require(self.weight_decay is None or self.weight_decay >= 0, "cf.weight_decay", ">= 0", self.weight_decay)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ def baseline_scores(dataset: Dataset, split: Split, cf: CFModel) -> dict[str, Sc
     """The rows of the table that need no language model, on the rows of `split`."""
     train = dataset.splits["train"]
     logits = cf.score(split.uid, split.iid)
+    item, both = item_mean(train, split), item_user_mean(train, split)
     return {
-        "item_mean": (item_mean(train, split), None),
-        "item_user_mean": (item_user_mean(train, split), None),
+        "item_mean": (item, item),
+        "item_user_mean": (both, sigmoid(both)),
         "cf": (logits, sigmoid(logits)),
     }
 

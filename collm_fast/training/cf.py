@@ -1,0 +1,208 @@
+"""Fits a collaborative model to the train rows of a dataset, with early stopping on validation AUC.
+
+The models are models/cf; what a fitted one is and how it is stored, models/cf/frozen.py. Floor F3.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from collm_fast import metrics
+from collm_fast.config import CFConfig, to_mapping
+from collm_fast.data.dataset import Dataset, Split
+from collm_fast.data.sampler import Positives, sample_negatives
+from collm_fast.graph import BipartiteGraph
+from collm_fast.io.atomic import write_atomic
+from collm_fast.io.run_folder import RunFolder
+from collm_fast.models.cf.frozen import CFModel
+from collm_fast.models.cf.lightgcn import LightGCN
+from collm_fast.models.cf.mf import MF
+from collm_fast.training.scores import baseline_scores, table_of
+
+MODELS: dict[str, type[MF]] = {"mf": MF, "lightgcn": LightGCN}
+
+_log = logging.getLogger(__name__)
+
+
+def held_out_rows(split: Split, fraction: float) -> NDArray[np.bool_]:
+    """[n] true for the rows that the collaborative model does not see: the latest of each user.
+
+    Of a user's m rows the last floor(fraction m) by time are held out; of equal times, the later rows.
+
+    Raises: ValueError for a fraction outside [0, 1).
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(f"held_out_rows: expected fraction in [0, 1), got {fraction}")
+    order = np.lexsort((split.timestamp, split.uid))
+    rows = np.bincount(split.uid)
+    # Place of each row among its user's, counted from the user's last.
+    first = np.cumsum(rows) - rows
+    user = split.uid[order]
+    from_last = rows[user] - 1 - (np.arange(len(split)) - first[user])
+    held_out = np.zeros(len(split), dtype=bool)
+    # The small term keeps 0.3 of 10 rows at 3, which floating point would make 2.
+    held_out[order] = from_last < np.floor(fraction * rows[user] + 1e-9)
+    return held_out
+
+
+def with_recipe(config: CFConfig) -> CFConfig:
+    """`config` with the model's own dim, lr and weight_decay where it says None.
+
+    Raises: ValueError for a model that this version does not have.
+    """
+    if config.model not in MODELS:
+        known = " or ".join(MODELS)
+        raise ValueError(f"fit_cf: expected model {known}, got {config.model!r}, which a later version brings")
+    recipe = MODELS[config.model].recipe()
+    return replace(config, **{name: value for name, value in recipe.items() if getattr(config, name) is None})
+
+
+def fit_cf(dataset: Dataset, config: CFConfig, *, out: Path | None = None, progress: bool = False) -> CFModel:
+    """Fit MF or LightGCN and keep the epoch with the best validation AUC.
+
+        bce: mean_(u,i) [softplus(s_ui) - label_ui s_ui]        over the train rows
+        bpr: mean_(u,i) softplus(s_uj - s_ui)                   over the liked ones, j drawn anew in every epoch
+
+    Adam with the weight decay added to the gradient, as published; stops after `patience` epochs without a better
+    validation AUC. The last `held_out` of each user's train rows reach neither the loss nor the graph. Equal seeds
+    give equal bits.
+
+    Args:
+        dataset: prepared data.
+        config: None fields mean the model's recipe.
+        out: a folder for cf.safetensors, config.yaml and metrics.json (rows item_mean, item_user_mean and cf on
+            valid and test); None writes nothing.
+        progress: a bar over the epochs on stderr.
+    Returns: the fitted model.
+    Raises: ValueError, before any work, for a model of a later version, an `out` that holds a run, or splits without
+        the labels that training and validation need; and where training diverges.
+    Source: CoLLM (arXiv 2310.19488), section 5.1; BPR: Rendle et al. (UAI 2009).
+    """
+    config = with_recipe(config)
+    if out is not None and (Path(out) / "metrics.json").exists():
+        raise ValueError(f"fit_cf: expected a folder without a run, got {out}")
+    train = dataset.splits["train"].take(~held_out_rows(dataset.splits["train"], config.held_out))
+    _check_labels(train, dataset.splits["valid"], config)
+    fitted = _fit(dataset, train, config, progress)
+    if out is not None:
+        _write(fitted, dataset, Path(out))
+    return fitted
+
+
+def _check_labels(train: Split, valid: Split, config: CFConfig) -> None:
+    for name, split, classes in (("train", train, (1,) if config.loss == "bpr" else (0, 1)), ("valid", valid, (0, 1))):
+        missing = [value for value in classes if not (split.label == value).any()]
+        if missing:
+            raise ValueError(f"fit_cf: expected {name} rows with label {missing[0]}, got none of {len(split)}")
+
+
+def _build(dataset: Dataset, train: Split, config: CFConfig, generator: torch.Generator) -> MF:
+    sizes = dataset.num_users, dataset.num_items
+    graph = None
+    if config.model == "lightgcn":
+        liked = train.label == 1
+        graph = BipartiteGraph.from_interactions(train.uid[liked], train.iid[liked], *sizes)
+    model = MODELS[config.model](*sizes, config, graph)
+    seen_users, seen_items = (torch.zeros(size, dtype=torch.bool) for size in sizes)
+    seen_users[torch.from_numpy(train.uid)] = True
+    seen_items[torch.from_numpy(train.iid)] = True
+    model.reset(generator, seen_users, seen_items)
+    return model
+
+
+def _fit(dataset: Dataset, train: Split, config: CFConfig, progress: bool) -> CFModel:
+    assert config.lr is not None and config.weight_decay is not None
+    generator = torch.Generator().manual_seed(config.seed)
+    model = _build(dataset, train, config, generator)
+    # Fused: one pass over the tables a step; a loop over tensors and temporaries would cost more than the batch.
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    epochs = _bce_epochs(train) if config.loss == "bce" else _bpr_epochs(train, dataset, config)
+    valid = dataset.splits["valid"]
+    valid_uid, valid_iid = torch.from_numpy(valid.uid), torch.from_numpy(valid.iid)
+    best_auc, best_epoch, best = -1.0, 0, _state(model)
+    with tqdm(total=config.max_epochs, desc=config.model, unit="epoch", disable=not progress, leave=False) as bar:
+        for epoch in range(config.max_epochs):
+            columns = next(epochs)
+            order = torch.randperm(len(columns[0]), generator=generator)
+            for begin in range(0, len(order), config.batch_size):
+                rows = order[begin : begin + config.batch_size]
+                loss = _loss(model, config, *(column[rows] for column in columns))
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            with torch.no_grad():
+                score = model.score(valid_uid, valid_iid).numpy()
+            if not np.isfinite(score).all():
+                raise ValueError(f"fit_cf: expected lr small enough to train with, got {config.lr} (epoch {epoch})")
+            auc = metrics.auc(score, valid.label).value
+            if auc > best_auc:
+                best_auc, best_epoch, best = auc, epoch, _state(model)
+            bar.update()
+            bar.set_postfix_str(f"valid AUC {auc:.4f}, best {best_auc:.4f}", refresh=False)
+            if epoch - best_epoch >= config.patience:
+                break
+    _log.info("%s: best validation AUC %.4f in epoch %d of %d", config.model, best_auc, best_epoch, epoch + 1)
+    model.load_state_dict(best)
+    return freeze(model, config, dataset.fingerprint)
+
+
+def _bce_epochs(train: Split) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(uid, iid, label) of every row, the same in every epoch."""
+    columns = torch.from_numpy(train.uid), torch.from_numpy(train.iid), torch.from_numpy(train.label).float()
+    while True:
+        yield columns
+
+
+def _bpr_epochs(train: Split, dataset: Dataset, config: CFConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(uid, iid, negative iid) of every liked row, with new negatives in every epoch."""
+    liked = train.label == 1
+    uid, iid = train.uid[liked], train.iid[liked]
+    positives = Positives.of(uid, iid, dataset.num_users, dataset.num_items)
+    epoch = 0
+    while True:
+        negative = sample_negatives(uid, positives, seed=config.seed, epoch=epoch)
+        yield torch.from_numpy(uid), torch.from_numpy(iid), torch.from_numpy(negative)
+        epoch += 1
+
+
+def _loss(model: MF, config: CFConfig, uid: Tensor, iid: Tensor, third: Tensor) -> Tensor:
+    nodes = model.nodes()
+    score = model.score_nodes(nodes, uid, iid)
+    if config.loss == "bce":
+        return F.binary_cross_entropy_with_logits(score, third)
+    return F.softplus(model.score_nodes(nodes, uid, third) - score).mean()
+
+
+def _state(model: MF) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def freeze(model: MF, config: CFConfig, fingerprint: str = "") -> CFModel:
+    """The tables and biases of a model as a `CFModel`; LightGCN's are propagated once, here."""
+    user, item = model.tables()
+    user_bias, item_bias, offset = model.biases()
+    return CFModel(config.model, config, user, item, user_bias, item_bias, offset, fingerprint)
+
+
+def _write(fitted: CFModel, dataset: Dataset, out: Path) -> None:
+    """metrics.json comes last: a folder that has it is complete."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name in ("valid", "test"):
+        split = dataset.splits[name]
+        for row, scores in baseline_scores(dataset, split, fitted).items():
+            tables.setdefault(row, {})[name] = table_of(split, scores, fitted.config.seed)
+    fitted.save(out)
+    write_atomic(out / "config.yaml", yaml.safe_dump(to_mapping(fitted.config), sort_keys=False))
+    RunFolder(out).write_json("metrics.json", tables)
