@@ -71,7 +71,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         split = os.environ.get("COLLM_FAST_SPLIT") == "1"
-        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}{'-split' * split}"
+        build = Path(self.build_temp + "-split" * split).resolve()
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         settings = {
             "COLLM_FAST_TORCH": torch,
