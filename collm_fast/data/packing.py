@@ -219,14 +219,15 @@ def batches(
 
     Raises: ValueError without any limit, for order "random" without a generator, or for rows out of range.
     """
-    if batch_size is None and max_tokens is None or (batch_size or 1) < 1 or (max_tokens or 1) < 1:
+    limits = [limit for limit in (batch_size, max_tokens) if limit is not None]
+    if not limits or min(limits) < 1:
         raise ValueError(f"batches: expected batch_size or max_tokens of at least 1, got {batch_size} and {max_tokens}")
     wanted = np.arange(len(prompts), dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
     if ((wanted < 0) | (wanted >= len(prompts))).any():
         bad = wanted[(wanted < 0) | (wanted >= len(prompts))][0]
         raise ValueError(f"batches: expected rows in [0, {len(prompts)}), got {bad}")
-    size, room = batch_size or len(prompts) + 1, max_tokens or int(prompts.offsets[-1]) + 1
     lengths = np.diff(prompts.offsets)[wanted]
+    size, room = batch_size or len(wanted) + 1, max_tokens or int(lengths.sum()) + 1
     if order == "group":
         return _group_batches(prompts, wanted, size, room, generator)
     if order == "random":
