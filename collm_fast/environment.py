@@ -95,7 +95,7 @@ def env() -> Environment:
 
 def describe(info: Environment) -> str:
     """The text that `collm-fast env` prints."""
-    lines = [f"{key:12}{info[key]}" for key in ("version", "torch", "device", "simd")]  # type: ignore[literal-required]
+    lines = [f"{key:12}{info[key]}" for key in ("version", "torch", "device", "simd")]
     width = max((len(name) for name in info["ops"]), default=0)
     lines += ["", f"{'op':{width}}  {'cpu':10}cuda"]
     lines += [f"{name:{width}}  {op['cpu'] or '-':10}{op['cuda'] or '-'}" for name, op in info["ops"].items()]

@@ -19,7 +19,7 @@ FLOORS = {
     1: {"ops", "io"},
     2: {"data", "models", "environment"},
     3: {"training", "evaluate", "baselines", "report", "rank", "run", "conclusions", "plots", "report_page"},
-    4: {"cli", "options", "__main__", "demo", "benchmark"},
+    4: {"cli", "options", "__main__", "demo", "bench"},
 }
 # The package itself imports the ops and nothing above them, except by name and later (module __getattr__).
 ROOT_FLOOR = 1
