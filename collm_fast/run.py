@@ -69,7 +69,7 @@ class Run:
         values["out"] = str(path)
         if values.get("dtype") == "auto":
             # The precision it was trained in, whatever this machine would choose.
-            values["dtype"] = self.record["dtype"]
+            values["dtype"] = self.record.get("dtype", "auto")
         for name, moved in (("data", data), ("llm", llm)):
             if moved is not None:
                 values[name] = str(moved)

@@ -83,6 +83,8 @@ def run_training(
             given = given_cf(config, dataset)
             rows = choose_rows(config, dataset, held_out_of(config, given))
             base = Base.load(config, dataset)
+            if config.stage != "cie":
+                fresh_lora(base, config.lora, config.seed)
             folder = _start(config, dataset, base, rows, command)
             if resume:
                 say(f"resumed from step {_last_step(folder)}")
@@ -197,9 +199,7 @@ def _parts(work: Work) -> None:
     adapter = work.folder.path / "adapter"
     for row, mapper in wanted_rows(work.config):
         work.stop.check()
-        if mapper is None:
-            fresh_lora(work.base, work.config.lora, work.config.seed)
-        elif row.startswith("stage2") and (adapter / "adapter_config.json").is_file():
+        if mapper is not None and (adapter / "adapter_config.json").is_file():
             _ensure_adapter(work, adapter)
         if work.folder.record.get("stages", {}).get(row, {}).get("done"):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from collm_fast.config import CFName, TrainConfig
 from collm_fast.data.dataset import Dataset, Split
 from collm_fast.models.cf.frozen import CFModel
-from collm_fast.training.cf import held_out_rows
+from collm_fast.training.cf import held_out_rows, with_recipe
 from collm_fast.training.loop import derived_seed
 
 IntArray = NDArray[np.int64]
@@ -53,9 +54,11 @@ def _whole(group: IntArray, limit: int | None, seed: int) -> IntArray:
 def given_cf(config: TrainConfig, dataset: Dataset) -> CFModel | None:
     """The fitted model that `cf` points to, or None where it names a model to be fitted.
 
-    Raises: ValueError for neither a name nor a folder with cf.safetensors, or for one fitted to other data.
+    Raises: ValueError for neither a name that can be fitted nor a folder with cf.safetensors, or for one fitted to
+        other data.
     """
     if config.cf in get_args(CFName):
+        with_recipe(replace(config.collaborative, model=config.cf))  # type: ignore[arg-type]
         return None
     path = Path(config.cf)
     if not (path.is_dir() and (path / "cf.safetensors").is_file()) and not path.is_file():
