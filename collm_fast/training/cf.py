@@ -5,6 +5,7 @@ The models are models/cf; what a fitted one is and how it is stored, models/cf/f
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -116,8 +117,8 @@ def _build(dataset: Dataset, train: Split, config: CFConfig, generator: torch.Ge
         graph = BipartiteGraph.from_interactions(train.uid[liked], train.iid[liked], *sizes)
     model = MODELS[config.model](*sizes, config, graph)
     seen_users, seen_items = (torch.zeros(size, dtype=torch.bool) for size in sizes)
-    seen_users[torch.from_numpy(train.uid)] = True
-    seen_items[torch.from_numpy(train.iid)] = True
+    seen_users[_tensor(train.uid)] = True
+    seen_items[_tensor(train.iid)] = True
     model.reset(generator, seen_users, seen_items)
     return model
 
@@ -130,7 +131,7 @@ def _fit(dataset: Dataset, train: Split, config: CFConfig, progress: bool) -> CF
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     epochs = _bce_epochs(train) if config.loss == "bce" else _bpr_epochs(train, dataset, config)
     valid = dataset.splits["valid"]
-    valid_uid, valid_iid = torch.from_numpy(valid.uid), torch.from_numpy(valid.iid)
+    valid_uid, valid_iid = _tensor(valid.uid), _tensor(valid.iid)
     best_auc, best_epoch, best = -1.0, 0, _state(model)
     with tqdm(total=config.max_epochs, desc=config.model, unit="epoch", disable=not progress, leave=False) as bar:
         for epoch in range(config.max_epochs):
@@ -140,7 +141,7 @@ def _fit(dataset: Dataset, train: Split, config: CFConfig, progress: bool) -> CF
                 rows = order[begin : begin + config.batch_size]
                 loss = _loss(model, config, *(column[rows] for column in columns))
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
             with torch.no_grad():
                 score = model.score(valid_uid, valid_iid).numpy()
@@ -158,23 +159,35 @@ def _fit(dataset: Dataset, train: Split, config: CFConfig, progress: bool) -> CF
     return freeze(model, config, dataset.fingerprint)
 
 
+def _tensor(column: NDArray[np.int64]) -> Tensor:
+    # A copy: columns read from Parquet may be read-only, which torch cannot express.
+    return torch.from_numpy(column.copy())
+
+
 def _bce_epochs(train: Split) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(uid, iid, label) of every row, the same in every epoch."""
-    columns = torch.from_numpy(train.uid), torch.from_numpy(train.iid), torch.from_numpy(train.label).float()
+    columns = _tensor(train.uid), _tensor(train.iid), _tensor(train.label).float()
     while True:
         yield columns
 
 
 def _bpr_epochs(train: Split, dataset: Dataset, config: CFConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(uid, iid, negative iid) of every liked row, with new negatives in every epoch."""
+    """(uid, iid, negative iid) of every liked row, with new negatives in every epoch.
+
+    Negatives are drawn among the items that train mentions: one that appears later is unknown, not disliked.
+    """
+    known = np.unique(train.iid)
     liked = train.label == 1
-    uid, iid = train.uid[liked], train.iid[liked]
-    positives = Positives.of(uid, iid, dataset.num_users, dataset.num_items)
-    epoch = 0
-    while True:
+    uid, place = train.uid[liked], np.searchsorted(known, train.iid[liked]) + 1
+    likes = np.bincount(np.unique(uid * (known.size + 1) + place) // (known.size + 1), minlength=dataset.num_users)
+    usable = likes[uid] < known.size
+    if not usable.any():
+        raise ValueError("fit_cf: expected an item that a user did not like for bpr, got users who like every one")
+    uid, place = uid[usable], place[usable]
+    positives = Positives.of(uid, place, dataset.num_users, known.size + 1)
+    for epoch in itertools.count():
         negative = sample_negatives(uid, positives, seed=config.seed, epoch=epoch)
-        yield torch.from_numpy(uid), torch.from_numpy(iid), torch.from_numpy(negative)
-        epoch += 1
+        yield _tensor(uid), _tensor(known[place - 1]), _tensor(known[negative - 1])
 
 
 def _loss(model: MF, config: CFConfig, uid: Tensor, iid: Tensor, third: Tensor) -> Tensor:
