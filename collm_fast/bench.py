@@ -1,4 +1,7 @@
-"""`collm-fast bench`: the benchmarks of a checkout, run as the scripts they are. They live in benchmarks/. Floor F4."""
+"""`collm-fast bench`: the benchmarks of a checkout, run as the scripts they are, and `compare`. Floor F4.
+
+The benchmarks live in benchmarks/, which a wheel does not carry; comparing two files is `bench_compare.py`'s matter.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from collm_fast import bench_compare
+from collm_fast.bench_compare import main as compare
 from collm_fast.config import nearest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -20,11 +24,13 @@ def run_bench(arguments: Sequence[str], folder: Path = FOLDER) -> int:
     """
     if arguments and arguments[0] == "compare":
         return bench_compare.main(arguments[1:])
+    if arguments and arguments[0] == "compare":
+        return compare(arguments[1:])
     if not folder.is_dir():
         raise ValueError(f"bench: expected a checkout of collm_fast with benchmarks/, got none at {folder}")
     scripts = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    known = ["compare", *scripts]
     if not arguments or arguments[0] not in scripts:
-        names = [*scripts, "compare"]
-        got = repr(arguments[0]) + nearest(arguments[0], names) if arguments else "none"
-        raise ValueError(f"bench: expected one of {', '.join(names)}, got {got}")
+        got = repr(arguments[0]) + nearest(arguments[0], known) if arguments else "none"
+        raise ValueError(f"bench: expected one of {', '.join(known)}, got {got}")
     return subprocess.call([sys.executable, str(scripts[arguments[0]]), *arguments[1:]])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from collm_fast.config import CFConfig, PrepareConfig, PromptConfig, StageConfig, TrainConfig
+from collm_fast.config import CFConfig, CFName, PrepareConfig, PromptConfig, StageConfig, TrainConfig
 from collm_fast.data.dataset import Dataset, load_dataset
 from collm_fast.data.prepare import prepare
 from collm_fast.evaluate import sigmoid
@@ -29,7 +29,7 @@ from collm_fast.training.pipeline import run_training
 from collm_fast.training.scores import controls, table_of
 from collm_fast.training.subsets import choose_rows
 
-CF_MODELS = ("mf", "lightgcn")
+CF_MODELS: tuple[CFName, ...] = ("mf", "lightgcn")
 # Of each user's train rows, the latest tenth is kept from the collaborative models: stage 2 trains on those.
 HELD_OUT = 0.1
 
@@ -137,7 +137,7 @@ def estimated_seconds(size: MachineClass, cores: int) -> float:
     """From the rates of a machine class: two stages, each with three validations of 500 and one test of 1,000 rows."""
     training = 2 * size.prompts * size.train_prompt
     scoring = 2 * (3 * 500 + 1000) * size.eval_prompt
-    return (training + scoring) / min(cores, 16) ** CORE_EXPONENT + OTHER_SECONDS
+    return float((training + scoring) / min(cores, 16) ** CORE_EXPONENT + OTHER_SECONDS)
 
 
 def _cores() -> int:
@@ -159,7 +159,7 @@ def _collaborative(
     dataset: Dataset, out: Path, seed: int, say: Callable[[str], None]
 ) -> dict[str, tuple[CFModel, float]]:
     """Both collaborative models with their validation AUC, fitted now or found."""
-    models = {}
+    models: dict[str, tuple[CFModel, float]] = {}
     for name in CF_MODELS:
         folder = out / "collaborative" / name
         if not (folder / "metrics.json").is_file():
@@ -170,7 +170,8 @@ def _collaborative(
         models[name] = CFModel.load(folder), auc
         test = tables["cf"]["test"]["all"]
         say(
-            f"{name}: validation AUC {auc:.3f}; on all {test['rows']} test rows AUC {test['auc']:.3f}, UAUC {test['uauc']:.3f}"
+            f"{name}: validation AUC {auc:.3f}; on all {test['rows']} test rows AUC {test['auc']:.3f}, "
+            f"UAUC {test['uauc']:.3f}"
         )
     return models
 

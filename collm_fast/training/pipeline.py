@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from collm_fast.config import CFConfig, MapperConfig, TrainConfig, to_mapping
+from collm_fast.config import CFConfig, MapperConfig, TrainConfig, from_mapping, to_mapping
 from collm_fast.data.dataset import Dataset, Split, load_dataset
 from collm_fast.evaluate import score_prompts, sigmoid
 from collm_fast.io.peft import load_adapter, save_adapter
@@ -188,7 +188,8 @@ def _collaborative(
         # One --seed serves the whole run; a seed given for the collaborative model itself wins.
         own = config.collaborative.seed
         seed = config.seed if own == CFConfig().seed else own
-        cf = fit_cf(dataset, replace(config.collaborative, model=config.cf, seed=seed), out=None, progress=progress)
+        settings = from_mapping(CFConfig, {**to_mapping(config.collaborative), "model": config.cf, "seed": seed})
+        cf = fit_cf(dataset, settings, out=None, progress=progress)
     cf.save(folder.path)
     folder.update(cf={"name": cf.name, "given": config.cf, "fingerprint": dataset.fingerprint})
     return cf
@@ -274,7 +275,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         add_scores(folder, work.dataset, name, work.split(name), row, scores, seed=config.seed)
     folder.write_json("history.json", {**folder.read_json("history.json"), row: vars(result.history)})
     examples = folder.record.get("prompt_examples", {})
-    record = {
+    record: dict[str, Any] = {
         "done": True,
         "steps": result.steps,
         "best_step": result.best_step,

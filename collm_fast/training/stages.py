@@ -102,9 +102,12 @@ class Base:
         self, stage: str, split: Split, dataset: Dataset, config: TrainConfig, *, cache: bool = True
     ) -> Prompts:
         """The rows of a split as tokens of the stage's prompt; `cache` keeps them for the next run."""
-        sizes = {"history_length": config.prompt.history_length, "tokens_per_id": config.mapper.tokens_per_id}
         inputs = split, self.templates[stage], self.tokenizer, dataset.titles
-        return cached_tokenize(cache_folder() / "prompts", *inputs, **sizes) if cache else tokenize(*inputs, **sizes)
+        length, tokens = config.prompt.history_length, config.mapper.tokens_per_id
+        if not cache:
+            return tokenize(*inputs, history_length=length, tokens_per_id=tokens)
+        folder = cache_folder() / "prompts"
+        return cached_tokenize(folder, *inputs, history_length=length, tokens_per_id=tokens)
 
 
 def _end(template: PromptTemplate) -> str:
@@ -172,4 +175,4 @@ def prompt_text(tokenizer: Any, prompts: Prompts, row: int) -> str:
             continue
         text += tokenizer.decode(run) + (names[int(role)] if place == 0 else "")
         run = []
-    return text + tokenizer.decode(run)
+    return text + str(tokenizer.decode(run))
