@@ -111,19 +111,23 @@ def uauc(user: ArrayLike, score: ArrayLike, label: ArrayLike) -> UserAUC:
     return UserAUC(mean, int(counted.sum()), int((~counted).sum()))
 
 
-def ndcg(user: ArrayLike, score: ArrayLike, label: ArrayLike, k: int | None = None) -> NDCG:
+def ndcg(
+    user: ArrayLike, score: ArrayLike, label: ArrayLike, k: int | None = None, *, both_classes: bool = False
+) -> NDCG:
     """Mean per-user NDCG with binary gains, over each user's full list of rows (or its first k places).
 
         ndcg = mean_u DCG(u) / IDCG(u),   DCG(u) = sum_{place r = 1..k} label_r / log2(r + 1)
 
-    Users without a positive are skipped; a user with only positives counts 1. Rows of one score share the mean
-    discount of their places, so the value does not depend on the order of the rows.
+    Users without a positive are skipped; a user with only positives counts 1, or is skipped too with `both_classes`.
+    Rows of one score share the mean discount of their places, so the value does not depend on the order of the rows.
 
     Args:
         user:  [n] integer ids.
         score: [n] float, finite; higher means more liked.
         label: [n] 0 or 1.
         k:     places that count; None for the whole list.
+        both_classes: count the users of `uauc` only. CoLLM's published values agree with this form: its MF and
+               LightGCN give .845 and .854 on MovieLens-1M this way (published .845 and .856), .88 and .89 otherwise.
     Returns: NDCG(value, users_counted, users_skipped); value is nan only if no user counts.
     Raises: ValueError for unequal lengths, a non-finite score, a label outside {0, 1} or k below 1.
     Source: CoLLM (arXiv 2310.19488), section 5.1; ties as McSherry and Najork (ECIR 2008).
@@ -148,7 +152,7 @@ def ndcg(user: ArrayLike, score: ArrayLike, label: ArrayLike, k: int | None = No
     dcg = np.add.reduceat(shared * labels, first)
     positives = np.add.reduceat(labels, first)
     ideal = np.add.reduceat(np.where(place < np.repeat(positives, count), discount, 0.0), first)
-    counted = positives > 0
+    counted = (positives > 0) & ((positives < count) | (not both_classes))
     mean = float((dcg[counted] / ideal[counted]).mean()) if counted.any() else float("nan")
     return NDCG(mean, int(counted.sum()), int((~counted).sum()))
 

@@ -65,6 +65,11 @@ def test_ndcg_equals_sklearn_user_by_user(rows, k):
     assert same(result.value, float(np.mean(expected)) if expected else math.nan)
     assert result.users_counted == len(expected)
     assert result.users_skipped == len(np.unique(user)) - len(expected)
+    two = [u for u in np.unique(user) if 0 < label[user == u].mean() < 1]
+    mine = np.isin(user, two)
+    other = metrics.ndcg(user[mine], score[mine], label[mine], k)
+    assert same(metrics.ndcg(user, score, label, k, both_classes=True).value, other.value)
+    assert metrics.ndcg(user, score, label, both_classes=True).users_counted == len(two)
 
 
 @settings(max_examples=100, deadline=None)

@@ -50,7 +50,7 @@ def naive(data: Dataset, config: CFConfig, epochs: int) -> torch.Tensor:
     train = data.splits["train"]
     generator = torch.Generator().manual_seed(config.seed)
     table = torch.empty(U + I, config.dim)
-    table.normal_(0.0, 0.01 if config.model == "mf" else 0.1, generator=generator)
+    table.normal_(0.0, 0.003 if config.model == "mf" else 0.1, generator=generator)
     seen = np.zeros(U + I, bool)
     seen[train.uid] = seen[U + train.iid] = True
     table[~torch.from_numpy(seen)] = 0

@@ -18,7 +18,7 @@ from collm_fast.graph import BipartiteGraph
 RECIPE: dict[str, Any] = {"dim": 256, "lr": 1e-3, "weight_decay": 1e-4}
 # Standard deviations of the initial embeddings. N(0, 1) gives logits of the size sqrt(dim): it takes hundreds of
 # epochs of weight decay to unlearn them, and some seeds look worse on validation for longer than the patience.
-INIT_STD = {"scaled": 0.01, "official": 1.0}
+INIT_STD = {"scaled": 0.003, "official": 1.0}
 
 
 class MF(nn.Module):
