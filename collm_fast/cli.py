@@ -113,9 +113,9 @@ def _train(config: TrainConfig, command: str) -> None:
 
 
 def _print_run(folder: RunFolder) -> None:
-    from collm_fast.report import console_table
+    from collm_fast.report import console_text
 
-    print(f"\n{console_table(folder.metrics)}\n\nreport: {folder.path / 'report.html'}")
+    print(f"\n{console_text(folder)}\n\nreport: {folder.path / 'report.html'}")
 
 
 def _evaluate(config: EvaluateConfig, command: str) -> None:

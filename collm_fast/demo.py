@@ -22,7 +22,7 @@ from collm_fast.io.run_folder import RunFolder
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.llm import resolve_device, resolve_dtype
 from collm_fast.models.mapper import id_statistics
-from collm_fast.report import console_table, write_report
+from collm_fast.report import console_text, write_report
 from collm_fast.training.cf import fit_cf, held_out_rows
 from collm_fast.training.loop import total_steps
 from collm_fast.training.pipeline import run_training
@@ -101,8 +101,7 @@ def run_demo(
     config = demo_config(data, out, llm, seed, str(out / "collaborative" / best), size)
     folder = run_training(config, command=f"collm-fast demo --data {data} --out {out} --seed {seed}", say=say)
     _add_controls(folder, config, dataset, {name: model for name, (model, _) in models.items() if name != best})
-    for sentence in write_report(folder):
-        say(f"- {sentence}")
+    write_report(folder)
     folder.update(demo_done=True)
     say("\n" + _closing(folder))
     return folder
@@ -194,4 +193,4 @@ def _closing(folder: RunFolder) -> str:
     files = ("report.html", "metrics.json", "adapter", "mapper.safetensors", "cf.safetensors")
     places = "\n".join(f"  {folder.path / name}" for name in files)
     seconds = sum(folder.record.get("seconds", {}).values())
-    return f"{console_table(folder.metrics)}\n\n{seconds / 60:.1f} minutes of training and scoring. Files:\n{places}"
+    return f"{console_text(folder)}\n\n{seconds / 60:.1f} minutes of training and scoring. Files:\n{places}"

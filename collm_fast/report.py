@@ -68,15 +68,23 @@ HEADER = ["row", "AUC [95 %]", "UAUC [95 %]", "NDCG", "log loss", "users counted
 
 
 def console_table(metrics: Mapping[str, Any], split: str = "test") -> str:
-    """The test table for a terminal, overall, warm and cold."""
-    lines = []
+    """The test table for a terminal, overall, warm and cold; a part without rows is left out."""
+    lines: list[str] = []
     for part in ("all", "warm", "cold"):
+        if not any(splits[split][part]["rows"] for splits in metrics.values() if split in splits):
+            continue
         body = [[part, *HEADER[1:]], *table_rows(metrics, split, part)]
         widths = [max(len(line[column]) for line in body) for column in range(len(HEADER))]
         for line in body:
             lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         lines.append("")
     return "\n".join(lines[:-1])
+
+
+def console_text(folder: RunFolder) -> str:
+    """The test table of a run and its conclusions, for a terminal."""
+    sentences = folder.record.get("conclusions", [])
+    return "\n".join([console_table(folder.metrics), "", *(f"- {sentence}" for sentence in sentences)]).rstrip()
 
 
 @dataclass(frozen=True)
@@ -101,13 +109,14 @@ class _Predictions:
 
 
 def write_report(folder: RunFolder) -> list[str]:
-    """Write report.html, report.md and the plots of a run; returns the sentences of the conclusion."""
+    """Write report.html, report.md and the plots of a run, and the sentences of the conclusion, which it returns."""
     predictions = _Predictions.read(folder, "test")
     stages = folder.record.get("stages", {})
     sentences: list[str] = []
     if predictions is not None:
         scores = predictions.scores()
         sentences = conclusions.conclusions(folder.metrics, stages, scores, predictions.user, predictions.label)
+    folder.update(conclusions=sentences)
     images = _plots(folder, predictions)
     blocks = [*_summary(folder, sentences), *_tables(folder), *_notes(folder)]
     blocks += [Heading("Plots"), *images] if images else []
@@ -141,9 +150,9 @@ def _tables(folder: RunFolder) -> list[Block]:
     blocks.append(
         Paragraph(
             "Intervals are 95 % percentile intervals over resampled users. UAUC is the mean AUC over the users that "
-            "have both classes, counted in the table; NDCG is over each user's full list. item_mean and item_user_mean are "
-            "smoothed means of the training labels, cf is the collaborative model alone: none of them needs a language "
-            "model."
+            "have both classes, counted in the table; NDCG is over each user's full list. item_mean and "
+            "item_user_mean are smoothed means of the training labels, cf is the collaborative model alone: none of "
+            "them needs a language model."
         )
     )
     controls = folder.record.get("controls", {})

@@ -15,7 +15,6 @@ from collm_fast.config import PrepareConfig
 from collm_fast.data.prepare import prepare
 from collm_fast.training import loop
 
-
 SIZES = demo.BF16, demo.FLOAT32  # before the tests make them small
 
 

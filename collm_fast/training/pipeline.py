@@ -207,8 +207,7 @@ def _parts(work: Work) -> None:
         with _timed(work.folder, row):
             _stage(work, row, mapper)
     with _timed(work.folder, "report"):
-        for sentence in write_report(work.folder):
-            logger.info("%s", sentence)
+        write_report(work.folder)
 
 
 def _ensure_adapter(work: Work, adapter: Path) -> None:
