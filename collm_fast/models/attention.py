@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAME = "collm_fast_tree"
+# bfloat16 on a CPU: a tree of so few tokens is faster as one masked product than branch by branch.
+_WHOLE = 320
 
 
 class TreePlan:
@@ -23,8 +25,8 @@ class TreePlan:
     Args:
         tree:       [T] int, the tree of each token; the tokens of a tree are contiguous.
         branch:     [T] int, -1 in the shared prefix (which comes first in its tree), else the branch.
-        per_branch: True: one call for prefix and first branch, one for each further branch (least arithmetic: CPU).
-                    False: one masked call a tree (fewest launches: GPU).
+        per_branch: True: one call for prefix and first branch, one for each further branch (least arithmetic, and so
+                    for CPUs). False: one masked call a tree (fewest launches, and so for GPUs).
     Raises: ValueError where a tree or a branch is not contiguous, or a prefix token stands behind a branch.
     """
 
@@ -76,7 +78,9 @@ class TreePlan:
 
 
 def _additive(visible: Tensor, like: Tensor) -> Tensor:
-    mask = torch.zeros(visible.shape, dtype=like.dtype).masked_fill(~visible, float("-inf"))
+    # float32 for the products, the inputs' own dtype for torch's kernel.
+    dtype = torch.float32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else like.dtype
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
     return mask.to(like.device, non_blocking=True)
 
 
@@ -85,54 +89,67 @@ def tree_attention(
 ) -> Tensor:
     """softmax(q k^T scaling + mask) v along every branch of every tree.
 
+    One rule chooses the kernel: in bfloat16 on a CPU plain products with a float32 softmax (forward and backward of
+    torch's fused kernel take 2 to 4 times as long there at these sizes), everywhere else torch's fused attention.
+
     Args:
-        query: [1, h, T, d]; key, value: [1, h or fewer, T, d] (grouped-query heads are repeated here), one dtype.
-        plan: the trees of the T tokens; window: tokens see at most this many positions back, themselves included.
+        query: [1, h, T, d]; key, value: [1, h or fewer, T, d] (grouped-query heads), one dtype.
+        plan: the trees of the T tokens. scaling: None is d^-1/2.
+        window: tokens see at most this many positions back, themselves included.
     Returns: [1, h, T, d] in the dtype of query.
     """
+    products = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    attend = _products if products else _fused
     repeat = query.shape[1] // key.shape[1]
-    if repeat > 1:
+    if repeat > 1 and not products:
         key, value = _repeat_heads(key, repeat), _repeat_heads(value, repeat)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    whole_up_to = _WHOLE if products else 0
+    branched = [plan.per_branch and len(tree) > 2 and sum(tree) > whole_up_to for tree in plan.trees]
+
+    def sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # The last q positions of one sequence of k positions.
+        q_length, k_length = q.shape[2], k.shape[2]
+        limit = None if window is None or k_length <= window else window
+        if q_length == k_length and limit is None and not products:
+            return attend(q, k, v, None, scale)
+        return attend(q, k, v, plan.causal(q_length, k_length, limit, q), scale)
+
+    sizes: list[int] = []
+    for tree, cut in zip(plan.trees, branched, strict=True):
+        sizes += [sum(tree[:2]), *tree[2:]] if cut else [sum(tree)]
+    # One split for all pieces: its backward is one concatenation, slices would each pad a full gradient.
+    pieces = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
     out: list[Tensor] = []
-    if plan.per_branch:
-        # One split for all pieces: its backward is one concatenation, slices would each pad a full gradient.
-        sizes = [n for tree in plan.trees for n in (sum(tree[:2]), *tree[2:])]
-        pieces = iter(_split(sizes, query, key, value))
-        for tree in plan.trees:
+    for index, tree in enumerate(plan.trees):
+        q, k, v = next(pieces)
+        if not branched[index] and len(tree) > 2:
+            out.append(attend(q, k, v, plan.whole(index, window, q), scale))
+            continue
+        out.append(sequence(q, k, v))
+        prefix_k, prefix_v = k[:, :, : tree[0]], v[:, :, : tree[0]]
+        for _ in tree[2:]:
             q, k, v = next(pieces)
-            out.append(_sequence(q, k, v, plan, scaling, window))
-            prefix_k, prefix_v = k[:, :, : tree[0]], v[:, :, : tree[0]]
-            for _ in tree[2:]:
-                q, k, v = next(pieces)
-                k, v = torch.cat((prefix_k, k), dim=2), torch.cat((prefix_v, v), dim=2)
-                out.append(_sequence(q, k, v, plan, scaling, window))
-    else:
-        sizes = [sum(tree) for tree in plan.trees]
-        for index, (q, k, v) in enumerate(_split(sizes, query, key, value)):
-            if len(plan.trees[index]) <= 2:  # one sequence
-                out.append(_sequence(q, k, v, plan, scaling, window))
-            else:
-                mask = plan.whole(index, window, q)
-                out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
+            out.append(sequence(q, torch.cat((prefix_k, k), dim=2), torch.cat((prefix_v, v), dim=2)))
     return torch.cat(out, dim=2)
 
 
-def _split(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(torch.split(x, sizes, dim=2) for x in tensors), strict=True))
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Torch's attention; causal without a mask."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Two batched products; the query heads of one key head stand under one another, so nothing is repeated."""
+    heads, (q_length, k_length) = k.shape[1], (q.shape[2], k.shape[2])
+    scores = torch.matmul(q.reshape(heads, -1, q.shape[3]), k[0].transpose(1, 2)).float() * scale
+    scores = scores.view(heads, -1, q_length, k_length)
+    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1).to(v.dtype)
+    return torch.matmul(weights.view(heads, -1, k_length), v[0]).view(q.shape)
 
 
 def _repeat_heads(x: Tensor, repeat: int) -> Tensor:
     return x[:, :, None].expand(-1, -1, repeat, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
-
-
-def _sequence(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, scaling: float | None, window: int | None) -> Tensor:
-    """Causal attention of the last q positions of one sequence of k positions."""
-    q_length, k_length = q.shape[2], k.shape[2]
-    if window is not None and k_length <= window:
-        window = None
-    if q_length == k_length and window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.causal(q_length, k_length, window, q), scale=scaling)
 
 
 def _attention_function(

@@ -8,6 +8,7 @@ import torch
 from small_llm import dense_mask, random_layout
 from torch.nn.functional import scaled_dot_product_attention
 
+from collm_fast.models import attention
 from collm_fast.models.attention import TreePlan, tree_attention
 
 
@@ -33,17 +34,23 @@ def test_equals_a_dense_mask_with_gradients(seed: int, window: int | None, per_b
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("whole_up_to", [0, 320])
 @pytest.mark.parametrize("per_branch", [True, False])
-def test_bfloat16_is_as_exact_as_torch(per_branch: bool) -> None:
+def test_bfloat16_is_as_exact_as_torch(
+    per_branch: bool, whole_up_to: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_WHOLE", whole_up_to)
     tree, branch, position = random_layout(np.random.default_rng(7), trees=3)
     generator = torch.Generator().manual_seed(7)
-    exact = [torch.randn(1, 2, len(tree), 16, generator=generator) for _ in range(3)]
-    low = [x.bfloat16() for x in exact]
-    mask = dense_mask(tree, branch, position, None)
-    truth = scaled_dot_product_attention(*(x.double() for x in low), attn_mask=mask)
-    theirs = (scaled_dot_product_attention(*low, attn_mask=mask) - truth).norm()
-    out = tree_attention(*low, TreePlan(tree.numpy(), branch.numpy(), per_branch=per_branch), scaling=None, window=None)
-    assert out.dtype == torch.bfloat16
+    low = [torch.randn(1, h, len(tree), 16, generator=generator).bfloat16() for h in (4, 2, 2)]
+    mask = dense_mask(tree, branch, position, window)
+    low_repeated = [low[0], *(x.repeat_interleave(2, dim=1) for x in low[1:])]
+    truth = scaled_dot_product_attention(*(x.double() for x in low_repeated), attn_mask=mask)
+    theirs = (scaled_dot_product_attention(*low_repeated, attn_mask=mask) - truth).norm()
+    plan = TreePlan(tree.numpy(), branch.numpy(), per_branch=per_branch)
+    out = tree_attention(*low, plan, scaling=None, window=window)
+    assert out.dtype == torch.bfloat16 and out.shape == truth.shape
     assert (out - truth).norm() <= 2 * theirs
 
 
