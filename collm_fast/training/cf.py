@@ -33,6 +33,8 @@ from collm_fast.models.cf.mf import MF
 from collm_fast.training.scores import baseline_scores, table_of
 
 MODELS: dict[str, type[MF]] = {"mf": MF, "lightgcn": LightGCN}
+# Validation rows scored at once: their gathered embeddings stay within some tens of MB.
+_BLOCK = 16384
 
 _log = logging.getLogger(__name__)
 
@@ -143,8 +145,7 @@ def _fit(dataset: Dataset, train: Split, config: CFConfig, progress: bool) -> CF
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            with torch.no_grad():
-                score = model.score(valid_uid, valid_iid).numpy()
+            score = _scores(model, valid_uid, valid_iid)
             if not np.isfinite(score).all():
                 raise ValueError(f"fit_cf: expected lr small enough to train with, got {config.lr} (epoch {epoch})")
             auc = metrics.auc(score, valid.label).value
@@ -188,6 +189,13 @@ def _bpr_epochs(train: Split, dataset: Dataset, config: CFConfig) -> Iterator[tu
     for epoch in itertools.count():
         negative = sample_negatives(uid, positives, seed=config.seed, epoch=epoch)
         yield _tensor(uid), _tensor(known[place - 1]), _tensor(known[negative - 1])
+
+
+@torch.no_grad()
+def _scores(model: MF, uid: Tensor, iid: Tensor) -> NDArray[np.float32]:
+    nodes = model.nodes()
+    blocks = [slice(begin, begin + _BLOCK) for begin in range(0, len(uid), _BLOCK)]
+    return torch.cat([model.score_nodes(nodes, uid[rows], iid[rows]) for rows in blocks]).numpy()
 
 
 def _loss(model: MF, config: CFConfig, uid: Tensor, iid: Tensor, third: Tensor) -> Tensor:

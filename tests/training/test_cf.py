@@ -123,6 +123,12 @@ def test_training_stops_after_patience_and_keeps_the_best_epoch():
     assert best == sorted(best)
 
 
+def test_validation_is_scored_in_blocks(monkeypatch):
+    whole = fit_cf(dataset(), replace(QUICK, model="lightgcn"))
+    monkeypatch.setattr("collm_fast.training.cf._BLOCK", 7)
+    assert torch.equal(fit_cf(dataset(), replace(QUICK, model="lightgcn")).user, whole.user)
+
+
 def test_held_out_rows_are_each_user_s_latest():
     uid, time = [1, 1, 1, 2, 1, 2, 3, 1], [5, 9, 9, 2, 1, 1, 4, 0]
     split = split_of(uid, [1] * 8, [1] * 8, time)
