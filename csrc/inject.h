@@ -8,15 +8,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "checks.h"
 
 namespace collm::inject {
-
-// scatter_rows sums the places of a row in runs of this many, and then the runs; the GPU's kernels do the same.
-constexpr int64_t kRun = 64;
 
 // Row i of a tensor [..., H] begins at base + (i / split) * outer + i % split * inner elements, and its columns are
 // `column` elements apart: two leading dimensions after merging, so that a transposed batch needs no copy.
@@ -27,6 +25,17 @@ struct Strides {
 inline bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
          type == ScalarType::BFloat16;
+}
+
+inline std::string device_of(const Tensor& tensor) {
+  return tensor.is_cpu() ? "cpu" : tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another";
+}
+
+inline void check_device(
+    const char* op, const char* what, const Tensor& tensor, const char* first, const Tensor& other) {
+  COLLM_CHECK(
+      tensor.device() == other.device(), op, what, " on ", first, "'s device ", device_of(other), ", got ",
+      device_of(tensor));
 }
 
 inline bool is_index(ScalarType type) { return type == ScalarType::Int || type == ScalarType::Long; }
@@ -59,6 +68,9 @@ inline void check_embed_inject(
       is_float(table.scalar_type()), op, "table of dtype float32, bfloat16, float16 or float64, got ", dtype(table));
   COLLM_CHECK(
       rows.scalar_type() == table.scalar_type(), op, "rows of the table's dtype ", dtype(table), ", got ", dtype(rows));
+  check_device(op, "token_ids", token_ids, "table", table);
+  check_device(op, "rows", rows, "table", table);
+  check_device(op, "row_index", row_index, "table", table);
 }
 
 inline void check_gather_rows(const Tensor& table, const Tensor& index) {
@@ -67,6 +79,7 @@ inline void check_gather_rows(const Tensor& table, const Tensor& index) {
   COLLM_CHECK(table.dim() == 2, op, "table of shape [V, H], got ", shape(table));
   COLLM_CHECK(
       is_float(table.scalar_type()), op, "table of dtype float32, bfloat16, float16 or float64, got ", dtype(table));
+  check_device(op, "index", index, "table", table);
 }
 
 inline void check_scatter_rows(const Tensor& grad, const Tensor& index, int64_t num_rows) {
@@ -78,6 +91,7 @@ inline void check_scatter_rows(const Tensor& grad, const Tensor& index, int64_t 
   COLLM_CHECK(
       is_float(grad.scalar_type()), op, "grad of dtype float32, bfloat16, float16 or float64, got ", dtype(grad));
   COLLM_CHECK(num_rows >= 0, op, "num_rows of at least 0, got ", num_rows);
+  check_device(op, "index", index, "grad", grad);
 }
 
 // The tensor itself and its strides; a contiguous copy of it only where its leading dimensions do not merge into two.

@@ -26,6 +26,9 @@
 namespace collm::inject {
 namespace {
 
+// scatter_rows sums the places of a row in runs of this many, and then the runs; the GPU's kernels do the same.
+constexpr int64_t kRun = 64;
+
 constexpr int64_t kBytesPerTask = 1 << 16;  // less is not worth waking a thread for
 
 int64_t grain(int64_t bytes_per_row) { return std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_row)); }
