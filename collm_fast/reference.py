@@ -56,7 +56,7 @@ def dropout_mask(seed: Tensor | int, num_rows: int, num_cols: int, p: float, str
     threshold = round(p * 65536)
     m, k = torch.arange(num_rows)[:, None], torch.arange((num_cols + 7) // 8)[None, :]
     words = philox(seed if isinstance(seed, int) else seed.cpu(), k, m & _WORD, m >> 32, torch.tensor(stream))
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(num_rows, -1)[:, :num_cols]
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(num_rows, 8 * words.shape[1])[:, :num_cols]
     return (halves >= threshold).double() * (65536 / (65536 - threshold))
 
 
@@ -129,7 +129,7 @@ def lora_linear(
     if lora_A is None or lora_B is None:
         return y
     if training and dropout_p > 0.0 and seed is not None:
-        mask = dropout_mask(seed, x[..., 0].numel(), x.shape[-1], dropout_p, stream)
+        mask = dropout_mask(seed, x.shape[:-1].numel(), x.shape[-1], dropout_p, stream)
         x = x * mask.reshape(x.shape).to(x)
     return y + scaling * ((x.to(lora_A.dtype) @ lora_A.T) @ lora_B.T).to(y.dtype)
 

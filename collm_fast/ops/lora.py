@@ -158,11 +158,14 @@ def _backward_reference(
     if mask[0]:
         dx = grad @ weight + _dropped(ds @ lora_A.to(wide), dropout_p, seed, stream).to(grad.dtype)
     if mask[1]:
-        dropped = _dropped(x, dropout_p, seed, stream).reshape(-1, x.shape[-1])
-        dA = (ds.reshape(-1, ds.shape[-1]).T @ dropped).to(lora_A.dtype)
+        dA = (_matrix(ds).T @ _matrix(_dropped(x, dropout_p, seed, stream))).to(lora_A.dtype)
     if mask[2]:
-        dB = scaling * (grad.to(wide).reshape(-1, grad.shape[-1]).T @ s.reshape(-1, s.shape[-1]))
+        dB = scaling * (_matrix(grad.to(wide)).T @ _matrix(s))
     return dx, dA, dB.to(lora_B.dtype)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None, stream: int) -> Tensor:
@@ -170,7 +173,7 @@ def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None, stream: int) -> T
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if dropout_p == 0.0 or seed is None or x.numel() == 0:
         return x
-    mask = reference.dropout_mask(seed, x.numel() // x.shape[-1], x.shape[-1], dropout_p, stream)
+    mask = reference.dropout_mask(seed, x.shape[:-1].numel(), x.shape[-1], dropout_p, stream)
     return x * mask.reshape(x.shape).to(x)
 
 
