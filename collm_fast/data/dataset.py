@@ -205,6 +205,7 @@ def _read_split(folder: Path, name: str, meta: dict[str, Any], num_users: int, n
             raise ValueError(f"load_dataset: expected a value in every row of {column} in {file}, got null")
         plain[column] = table.column(column).to_numpy().astype(np.int64)
     his_offsets, his = ragged_column(table.column("his"))
+    del table
     for column, values, low, high in (
         ("uid", plain["uid"], 1, num_users),
         ("iid", plain["iid"], 1, num_items),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_fast.data.ragged import I64, Array, offsets_of, spans
+from collm_fast.data.ragged import I64, Array, gather_spans
 
 if TYPE_CHECKING:
     from collm_fast.data.dataset import Dataset
@@ -37,11 +37,13 @@ def fixed_blocks(user: I64, split: NDArray[np.integer], block: int) -> I64:
     return np.where(split == 0, start + inside // block * block, start).astype(np.int64)
 
 
-def histories(user: I64, item: I64, liked: NDArray[np.bool_], block_start: I64) -> tuple[I64, I64]:
+def histories(
+    user: I64, item: I64, liked: NDArray[np.bool_], block_start: I64, rows: I64 | None = None
+) -> tuple[I64, I64]:
     """The liked items of each row's user before the row's block: (offsets [n + 1], values), both int64.
 
     Rows are sorted by (user, time); block_start[r] <= r is the first row of r's block. The item of a row of the block
-    itself, or of a later row, is never in it.
+    itself, or of a later row, is never in it. `rows` asks for those rows' histories only.
     """
     n = len(user)
     liked_before = np.zeros(n + 1, dtype=np.int64)
@@ -51,7 +53,9 @@ def histories(user: I64, item: I64, liked: NDArray[np.bool_], block_start: I64) 
     user_start = np.maximum.accumulate(np.where(new_user, np.arange(n, dtype=np.int64), 0))
     starts = liked_before[user_start]
     lengths = liked_before[block_start] - starts
-    return offsets_of(lengths), item[liked][spans(starts, lengths)]
+    if rows is not None:
+        starts, lengths = starts[rows], lengths[rows]
+    return gather_spans(item[liked], starts, lengths)
 
 
 def history_before(dataset: Dataset, uid: Array | list[int], at: Any = None) -> tuple[I64, I64]:
@@ -85,8 +89,7 @@ def history_before(dataset: Dataset, uid: Array | list[int], at: Any = None) -> 
         # Within a user the times are sorted: the count of earlier rows is the length of the history.
         earlier = _count_earlier(user, time, uid, np.broadcast_to(moment, uid.shape))
         ends = np.minimum(ends, starts + earlier)
-    lengths = (ends - starts).astype(np.int64)
-    return offsets_of(lengths), item[spans(starts.astype(np.int64), lengths)]
+    return gather_spans(item, starts.astype(np.int64), (ends - starts).astype(np.int64))
 
 
 def _count_earlier(user: I64, time: I64, uid: I64, moment: Array) -> I64:

@@ -17,7 +17,7 @@ from collm_fast.config import PrepareConfig
 from collm_fast.data.dataset import FORMAT, SPLITS, Dataset, Split, file_hash, load_dataset
 from collm_fast.data.folder import Contents, check_out, write_folder
 from collm_fast.data.history import fixed_blocks, histories, row_blocks
-from collm_fast.data.ragged import I64, Array, take_ragged
+from collm_fast.data.ragged import I64, Array
 from collm_fast.data.readers import RawData, read_raw
 from collm_fast.data.readers.published import read_published
 from collm_fast.data.splits import ML1M_MONTHS, WARM_RULES, by_user, calendar_months, calendar_quantiles, not_cold
@@ -46,6 +46,7 @@ def prepare(config: PrepareConfig) -> Dataset:
     meta = {"format": FORMAT, "source": config.source, **meta, **_counts(contents)}
     write_folder(config.out, contents, meta)
     log.info("wrote %s: %s", config.out, meta["counts"])
+    del contents  # the histories of a large data set need not be in memory twice
     return load_dataset(config.out)
 
 
@@ -86,13 +87,12 @@ def _split_raw(config: PrepareConfig) -> tuple[Contents, dict[str, Any]]:
     iid, raw_items = number_ids(raw.item)
     label = (raw.rating >= config.like_threshold).astype(np.int64)
     blocks, history_meta = _apply_history(config, split_meta["rule"], uid, split)
-    his_offsets, his = histories(uid, iid, label == 1, blocks)
     warm = not_cold(uid, iid, split)
     splits, order_of_splits = {}, []
     for part, name in enumerate(SPLITS):
         rows = np.flatnonzero(split == part)
         order_of_splits.append(rows)
-        part_offsets, part_his = take_ragged(his_offsets, his, rows)
+        part_offsets, part_his = histories(uid, iid, label == 1, blocks, rows)
         splits[name] = Split(uid[rows], iid[rows], label[rows], raw.timestamp[rows], part_offsets, part_his, warm[rows])
     titles = [""] + [raw.titles.get(str(item), "") or str(item) for item in raw_items[1:].tolist()]
     untitled = sum(not raw.titles.get(str(item)) for item in raw_items[1:].tolist())

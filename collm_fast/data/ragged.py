@@ -27,6 +27,15 @@ def spans(starts: I64, lengths: I64) -> I64:
 
 def take_ragged(offsets: I64, values: Array, rows: I64) -> tuple[I64, Array]:
     """The rows `rows` of a ragged array, as a ragged array."""
-    starts = offsets[rows]
-    lengths = offsets[rows + 1] - starts
-    return offsets_of(lengths), values[spans(starts, lengths)]
+    return gather_spans(values, offsets[rows], offsets[rows + 1] - offsets[rows])
+
+
+def gather_spans(values: Array, starts: I64, lengths: I64) -> tuple[I64, Array]:
+    """The ragged array whose row r is values[starts[r]:starts[r] + lengths[r]]."""
+    offsets = offsets_of(lengths)
+    out = np.empty(int(offsets[-1]), dtype=values.dtype)
+    # In parts: the positions of all histories of a large data set at once would be larger than the histories.
+    for begin in range(0, len(starts), 16384):
+        part = slice(begin, begin + 16384)
+        out[offsets[begin] : offsets[min(begin + 16384, len(starts))]] = values[spans(starts[part], lengths[part])]
+    return offsets, out
