@@ -87,8 +87,7 @@ inline void check_forward(const Tensor& x, const Tensor& weight, const std::opti
   const char* op = "lora_linear";
   COLLM_CHECK(x.dim() >= 1, op, "x of shape [..., K], got ", collm::shape(x));
   const int64_t K = x.size(x.dim() - 1);
-  COLLM_CHECK(weight.dim() == 2 && weight.size(1) == K, op, "weight of shape [N, ", K, "], got ",
-              collm::shape(weight));
+  COLLM_CHECK(weight.dim() == 2 && weight.size(1) == K, op, "weight of shape [N, ", K, "], got ", collm::shape(weight));
   const int64_t N = weight.size(0);
   COLLM_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), op, "bias of shape [", N, "], got ",
               collm::shape(*bias));
@@ -115,8 +114,8 @@ inline void check_backward(const Tensor& grad, const Tensor& x, const Tensor& we
   check_adapters(op, N, K, lora_A, lora_B);
   const auto rows = leading(grad);
   COLLM_CHECK(!mask[1] || has_shape(x, rows, K), op, "x of shape ", shape(rows, K), ", got ", collm::shape(x));
-  COLLM_CHECK(!mask[2] || has_shape(s, rows, lora_A.size(0)), op, "s of shape ", shape(rows, lora_A.size(0)),
-              ", got ", collm::shape(s));
+  COLLM_CHECK(!mask[2] || has_shape(s, rows, lora_A.size(0)), op, "s of shape ", shape(rows, lora_A.size(0)), ", got ",
+              collm::shape(s));
   check_dtypes(op, grad, weight, std::nullopt, lora_A, lora_B);
   COLLM_CHECK(x.scalar_type() == grad.scalar_type(), op, "x in grad's dtype ", dtype(grad), ", got ", dtype(x));
   COLLM_CHECK(s.scalar_type() == wide(grad.scalar_type()), op, "s in ", name(wide(grad.scalar_type())), ", got ",

@@ -43,8 +43,7 @@ COLLM_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, ui
 // Bit i is set where element (row, 8 * block + i) is kept: its 16-bit half (low half of word 0 first) >= threshold.
 COLLM_HOST_DEVICE uint32_t dropout_keep8(uint64_t seed, uint64_t row, uint32_t block, uint32_t stream,
                                          uint32_t threshold) {
-  const PhiloxWords w =
-      philox(seed, block, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), stream);
+  const PhiloxWords w = philox(seed, block, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), stream);
   uint32_t keep = 0;
 #if defined(__CUDACC__)
 #pragma unroll

@@ -146,7 +146,7 @@ def outer_kernel(
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """partial[p] [r, C] = s^T (v, dropped) over the rows of part p. One program takes RANK ranks and BLOCK_C columns."""
+    """partial[p] [r, C] = s^T (v, dropped) over the rows of part p. One program takes RANK x BLOCK_C of it."""
     first = tl.program_id(0) * BLOCK_C
     part = tl.program_id(1).to(tl.int64)
     column = (first + tl.arange(0, BLOCK_C)).to(tl.int64)

@@ -368,8 +368,9 @@ struct Rows {
 };
 
 // One compile-time switch over the served dtypes; the body reads `scalar_t`.
-#define COLLM_DISPATCH(type, body) \
-  THO_DISPATCH_V2(type, "lora_linear", AT_WRAP([&] { body; }), AT_FLOATING_TYPES, ScalarType::BFloat16, ScalarType::Half)
+#define COLLM_DISPATCH(type, body)                                                                      \
+  THO_DISPATCH_V2(type, "lora_linear", AT_WRAP([&] { body; }), AT_FLOATING_TYPES, ScalarType::BFloat16, \
+                  ScalarType::Half)
 
 template <typename W, typename T>
 void copy_factor(const Tensor& factor, int64_t row_step, int64_t column_step, W* out) {
@@ -423,9 +424,8 @@ void low_rank_forward(const Tensor& x, const std::optional<Tensor>& bias, const 
   f.y = static_cast<T*>(y.data_ptr()), f.s = static_cast<W*>(s.data_ptr());
   const auto run = Rows<T>::forward();
   // Rows do not meet in any sum, so how they are shared out does not change a bit.
-  torch::stable::parallel_for(0, (M + kRows - 1) / kRows, 4, [&](int64_t begin, int64_t end) {
-    run(f, begin * kRows, std::min(end * kRows, M));
-  });
+  torch::stable::parallel_for(0, (M + kRows - 1) / kRows, 4,
+                              [&](int64_t begin, int64_t end) { run(f, begin * kRows, std::min(end * kRows, M)); });
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_A, Tensor lora_B,
@@ -450,10 +450,11 @@ int64_t partial_sums(int64_t M, int64_t bytes_each) {
   return std::max<int64_t>(1, std::min(wanted, (int64_t{64} << 20) / std::max<int64_t>(bytes_each, 1)));
 }
 
-// out [R, C] = scale times the partial sums, added in order; element (i, j) of each is at i * row_step + j * column_step.
+// out [R, C] = scale times the partial sums, added in order; element (i, j) of each is at i * row_step + j *
+// column_step.
 template <typename W, typename T>
-void reduce_into(const Tensor& out, const std::vector<W>& partial, int64_t parts, int64_t row_step,
-                 int64_t column_step, W scale) {
+void reduce_into(const Tensor& out, const std::vector<W>& partial, int64_t parts, int64_t row_step, int64_t column_step,
+                 W scale) {
   const int64_t R = out.size(0), C = out.size(1), size = static_cast<int64_t>(partial.size()) / parts;
   T* to = static_cast<T*>(out.data_ptr());
   torch::stable::parallel_for(0, R * C, 4096, [&](int64_t begin, int64_t end) {
@@ -516,8 +517,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight
   const std::optional<Tensor> h = mask[2] ? std::optional(packed_rows(s)) : std::nullopt;
   const std::optional<Tensor> out = mask[0] ? std::optional(dx) : std::nullopt;
   const Dropout d = dropout(dropout_p, seed, stream);
-  COLLM_DISPATCH(grad.scalar_type(),
-                 low_rank_backward<scalar_t>(rows, v, lora_A, lora_B, h, scaling, d, out, dA, dB));
+  COLLM_DISPATCH(grad.scalar_type(), low_rank_backward<scalar_t>(rows, v, lora_A, lora_B, h, scaling, d, out, dA, dB));
   if (mask[0] && rows.size(0) > 0) {
     const std::array<int64_t, 2> flat{rows.size(0), K};
     add_product(torch::stable::view(dx, flat), rows, weight);

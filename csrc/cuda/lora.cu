@@ -71,8 +71,8 @@ struct Factor {
 Factor rows_of(const Tensor& lora_A) { return {lora_A, lora_A.stride(0), lora_A.stride(1)}; }
 Factor columns_of(const Tensor& lora_B) { return {lora_B, lora_B.stride(1), lora_B.stride(0)}; }
 
-void launch_project(const Tensor& v, const Factor& factor, int64_t r, double scale, const Mask& mask,
-                    const Tensor& out, cudaStream_t stream) {
+void launch_project(const Tensor& v, const Factor& factor, int64_t r, double scale, const Mask& mask, const Tensor& out,
+                    cudaStream_t stream) {
   const int64_t M = v.size(0), C = v.size(1);
   const dim3 grid(blocks(M, kThreads / 32 * kProjectRows), blocks(r, kRankTile));
   with_type(v.scalar_type(), [&](auto type) {

@@ -90,8 +90,8 @@ __device__ __forceinline__ void store8(T* row, int64_t c, int64_t C, const float
 template <bool kDrop>
 __device__ __forceinline__ void drop8(const Mask& mask, uint64_t seed, int64_t m, int64_t c, float (&v)[kColumns]) {
   if constexpr (kDrop) {
-    const uint32_t keep = dropout_keep8(seed, static_cast<uint64_t>(m), static_cast<uint32_t>(c / kColumns),
-                                        mask.stream, mask.threshold);
+    const uint32_t keep =
+        dropout_keep8(seed, static_cast<uint64_t>(m), static_cast<uint32_t>(c / kColumns), mask.stream, mask.threshold);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       v[i] = (keep >> i) & 1u ? v[i] : 0.0f;
@@ -258,9 +258,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // Grid: x = ceil(r C / kThreads).
 template <typename F>
-__global__ void __launch_bounds__(kThreads)
-    reduce(const float* __restrict__ partial, int parts, int r, int64_t C, float scale, int64_t out_j, int64_t out_c,
-           F* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads) reduce(const float* __restrict__ partial, int parts, int r, int64_t C,
+                                                   float scale, int64_t out_j, int64_t out_c, F* __restrict__ out) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (e >= r * C) {
     return;

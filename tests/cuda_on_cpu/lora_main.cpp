@@ -48,11 +48,9 @@ void run() {
     auto partial = emulator::poisoned<float>(parts * r * C);
     const auto size = grid(blocks(C, kThreads * kColumns), parts, blocks(r, kRankTile));
     const auto kernel = m.seed ? &outer<T, true> : &outer<T, false>;
-    emulator::launch(size, kThreads,
-                     [&] { kernel(v, v_stride, M, C, s.data(), r, rows_per_part, m, partial.data()); });
-    emulator::launch(grid(blocks(r * C, kThreads)), kThreads, [&] {
-      reduce<F>(partial.data(), static_cast<int>(parts), r, C, scale, oj, oc, out.data());
-    });
+    emulator::launch(size, kThreads, [&] { kernel(v, v_stride, M, C, s.data(), r, rows_per_part, m, partial.data()); });
+    emulator::launch(grid(blocks(r * C, kThreads)), kThreads,
+                     [&] { reduce<F>(partial.data(), static_cast<int>(parts), r, C, scale, oj, oc, out.data()); });
   };
 
   auto s = emulator::poisoned<float>(M * r), ds = emulator::poisoned<float>(M * r);
@@ -79,9 +77,9 @@ void write_mask() {
   std::vector<uint8_t> kept(M * K);
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t k = 0; k < K; ++k) {
-      const uint32_t keep = collm::dropout_keep8(static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(first + m),
-                                                 static_cast<uint32_t>(k / 8), static_cast<uint32_t>(integer("stream")),
-                                                 threshold);
+      const uint32_t keep =
+          collm::dropout_keep8(static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(first + m),
+                               static_cast<uint32_t>(k / 8), static_cast<uint32_t>(integer("stream")), threshold);
       kept[m * K + k] = (keep >> (k % 8)) & 1u;
     }
   }

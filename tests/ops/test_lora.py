@@ -299,10 +299,11 @@ def test_a_seed_decides_the_mask() -> None:
 @pytest.mark.skipif(in_child(), reason="needs the compiled libraries")
 def test_compiles_once_for_every_seed() -> None:
     import torch._dynamo as dynamo
+    from torch._dynamo.testing import CompileCounterWithBackend
 
     case = make((9, 16), 4, 2, torch.float32, torch.float32, "cpu")
     dynamo.reset()
-    counter = dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def function(*args: Any, seed: Tensor) -> Tensor:
         return lora_linear(*args, dropout_p=0.5, seed=seed, training=True)
