@@ -8,6 +8,8 @@ Floor F1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,20 +23,26 @@ _records: dict[str, Tensor] = {}
 _native.LIBRARY.define("check_device_errors() -> ()")
 
 
-def error_record(rule: str, device: torch.device) -> Tensor:
-    """[3] int64, the record of a rule that a Triton kernel may fill; `rule` ends where the limit follows.
+def error_records(rules: Sequence[str], device: torch.device) -> Tensor:
+    """[len(rules), 3] int64: the records of rules that a Triton kernel may fill; a rule ends where the limit follows.
 
-    A CUDA kernel writes pinned memory, so that reading the record waits for nothing.
+    A CUDA kernel writes pinned memory, so that reading a record waits for nothing.
     """
     table = _records.get(device.type)
     if table is None:
         table = torch.zeros(_MAX_RULES, 3, dtype=torch.int64, pin_memory=device.type == "cuda")
         _records[device.type] = table
-    if rule not in _RULES:
-        if len(_RULES) == _MAX_RULES:
-            raise RuntimeError("error_record: more rules than records")
-        _RULES.append(rule)
-    return table[_RULES.index(rule)]
+    if rules[0] not in _RULES:
+        if len(_RULES) + len(rules) > _MAX_RULES:
+            raise RuntimeError("error_records: more rules than records")
+        _RULES.extend(rules)
+    first = _RULES.index(rules[0])
+    return table[first : first + len(rules)]
+
+
+def error_record(rule: str, device: torch.device) -> Tensor:
+    """[3] int64: the record of a single rule."""
+    return error_records((rule,), device)[0]
 
 
 def raise_device_errors() -> None:

@@ -13,10 +13,17 @@ from torch import Tensor
 
 from collm_fast import _native, reference
 from collm_fast.graph import BipartiteGraph
+from collm_fast.ops._device_errors import error_records, raise_device_errors
 
 _OP = "lightgcn_propagate"
 _BACKWARD = "lightgcn_propagate_backward"
 _LOW = (torch.float32, torch.bfloat16, torch.float16)
+# What a Triton kernel may find wrong, in the order of its records.
+_RULES = (
+    f"{_OP}: expected rows in [0, ",
+    f"{_OP}: expected crow to rise inside [0, ",
+    f"{_OP}: expected col in [0, ",
+)
 
 _native.LIBRARY.define(
     f"{_OP}(Tensor x, Tensor crow, Tensor col, Tensor inv_sqrt_degree, int num_layers, ScalarType? storage_dtype, "
@@ -131,7 +138,8 @@ def _check_values(op: str, crow: Tensor, col: Tensor, rows: Tensor | None) -> No
             _require(False, op, f"rows in [0, {nodes})", f"{int(rows[at])} at position {at}")
     falls = bool((crow.diff() < 0).any())
     ok = not falls and int(crow[0]) == 0 and int(crow[-1]) == nnz
-    _require(ok, op, f"crow to rise from 0 to nnz = {nnz}", "one that falls" if falls else "another first or last value")
+    got = "one that falls" if falls else "another first or last value"
+    _require(ok, op, f"crow to rise from 0 to nnz = {nnz}", got)
     outside = (col < 0) | (col >= nodes)
     if bool(outside.any()):
         at = int(outside.long().argmax())
@@ -171,17 +179,19 @@ def _backward_reference(*args: Any) -> Tensor:
 def _forward_triton(*args: Any) -> Tensor:
     from collm_fast.kernels import propagate as kernels
 
+    raise_device_errors()
     _check_forward(*args)
     _check_values(_OP, args[1], args[2], args[6])
-    return kernels.propagate(*args)
+    return kernels.propagate(*args, error_records(_RULES, args[0].device))
 
 
 def _backward_triton(*args: Any) -> Tensor:
     from collm_fast.kernels import propagate as kernels
 
+    raise_device_errors()
     _check_backward(*args)
     _check_values(_BACKWARD, args[1], args[2], args[6])
-    return kernels.propagate_backward(*args)
+    return kernels.propagate_backward(*args, error_records(_RULES, args[0].device))
 
 
 _native.register(_OP, reference=_forward_reference, triton=_forward_triton)

@@ -35,7 +35,7 @@ using torch::headeronly::Half;
 using torch::stable::parallel_for;
 
 constexpr const char* kOp = "lightgcn_propagate";
-constexpr int64_t kHubEdges = 4096;
+constexpr int64_t kHubEdges = 2048;
 constexpr int64_t kTaskCost = 4096;
 
 // The inner loops of one instruction set, for tables stored as S and sums in A.

@@ -2,7 +2,8 @@
 //
 // propagate.cpp includes this file several times, each time inside another namespace and with another COLLM_LANE_BYTES
 // and target attribute; so there is no include guard, and nothing here includes anything. The order of every sum is
-// the order of the edges, whatever the instruction set, and -ffp-contract=off keeps the same roundings.
+// the order of the edges, whatever the instruction set; only the last multiplication and addition of a row may be
+// fused or not.
 
 // How many edges ahead a row is fetched: about the latency of memory over the time of one row.
 constexpr int64_t kAhead = 16;

@@ -135,9 +135,7 @@ __device__ __forceinline__ void sum_edges(const Layer& a, int64_t node, int64_t 
       const S* row = table + static_cast<int64_t>(__shfl_sync(kAllLanes, mine, source)) * a.D;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
-        if (lane + 32 * j < width) {
-          sum[j] += widen(row[lane + 32 * j]);
-        }
+        sum[j] += lane + 32 * j < width ? widen(row[lane + 32 * j]) : 0.0f;
       }
     }
   }
@@ -158,9 +156,10 @@ __device__ __forceinline__ void store_tile(const Layer& a, int64_t position, int
 }
 
 // One warp per row: degrees are skewed, a thread per row would wait for the popular items. A row of more than
-// kHubEdges edges is left to the whole block: eight runs of its edges, whose sums are added in order.
+// kHubEdges edges is left to the whole block: eight runs of its edges, whose sums are added in order. Four blocks a
+// multiprocessor: asked for more, the compiler for sm_80 spills.
 template <typename S>
-__global__ void __launch_bounds__(kThreads) layer_kernel(const Layer a) {
+__global__ void __launch_bounds__(kThreads, 4) layer_kernel(const Layer a) {
   __shared__ float partial[kWarps][kTile];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t base = static_cast<int64_t>(blockIdx.x) * kWarps;
