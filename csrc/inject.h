@@ -94,6 +94,11 @@ inline void check_scatter_rows(const Tensor& grad, const Tensor& index, int64_t 
   check_device(op, "index", index, "grad", grad);
 }
 
+inline Tensor packed(const Tensor& tensor) {
+  // Asked first: a call through the dispatcher costs as much as a small kernel.
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // The tensor itself and its strides; a contiguous copy of it only where its leading dimensions do not merge into two.
 inline std::pair<Tensor, Strides> strided_rows(const Tensor& tensor) {
   std::vector<std::pair<int64_t, int64_t>> merged;  // (size, stride), outermost first

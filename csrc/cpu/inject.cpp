@@ -77,8 +77,8 @@ void copy_row(char* out, const char* from, int64_t columns, int64_t stride, int6
 
 Tensor embed_inject(const Tensor& token_ids, const Tensor& table, const Tensor& rows, const Tensor& row_index) {
   check_embed_inject(token_ids, table, rows, row_index);
-  const Tensor ids_tensor = torch::stable::contiguous(token_ids);
-  const Tensor index_tensor = torch::stable::contiguous(row_index);
+  const Tensor ids_tensor = packed(token_ids);
+  const Tensor index_tensor = packed(row_index);
   const auto* ids = ids_tensor.const_data_ptr<int64_t>();
   const auto* index = index_tensor.const_data_ptr<int32_t>();
   const int64_t places = token_ids.numel(), columns = table.size(1), vocabulary = table.size(0);
@@ -121,11 +121,11 @@ void gather(const Source& table, const Index* index, char* out, int64_t places, 
 
 Tensor gather_rows(const Tensor& table, const Tensor& index) {
   check_gather_rows(table, index);
-  const Tensor contiguous = torch::stable::contiguous(index);
+  const Tensor dense = packed(index);
   const int64_t places = index.numel(), columns = table.size(1);
   Tensor out = THO_DISPATCH_V2(
       index.scalar_type(), "gather_rows", AT_WRAP([&]() -> Tensor {
-        const auto* values = contiguous.const_data_ptr<scalar_t>();
+        const auto* values = dense.const_data_ptr<scalar_t>();
         check_values("gather_rows", "index", values, places, -1, table.size(0));
         Tensor result = torch::stable::new_empty(table, shape_of_rows(index, columns));
         const Source from = source(table, {1, table.stride(0), 0, table.stride(1)});
@@ -212,7 +212,15 @@ void scatter(const Segments& where, const Source& grad, Value* out, int64_t num_
     std::vector<Value> packed(grad.strides.column == 1 ? 0 : static_cast<size_t>(columns));
     for (int64_t s = begin; s < end; ++s) {
       const int64_t first = where.begin[static_cast<size_t>(s)], last = where.begin[static_cast<size_t>(s) + 1];
-      std::fill(total.begin(), total.end(), Sum(0));
+      Value* to = out + s * columns;
+      if (first == last) {
+        std::fill(to, to + columns, Value(0));
+        continue;
+      }
+      const bool one_run = last - first <= kRun;
+      if (!one_run) {
+        std::fill(total.begin(), total.end(), Sum(0));
+      }
       for (int64_t k = first; k < last; ++k) {
         if ((k - first) % kRun == 0) {
           std::fill(run.begin(), run.end(), Sum(0));
@@ -225,12 +233,13 @@ void scatter(const Segments& where, const Source& grad, Value* out, int64_t num_
           row = packed.data();
         }
         add_row(run.data(), row, columns);
-        if ((k - first) % kRun == kRun - 1 || k == last - 1) {
+        if (!one_run && ((k - first) % kRun == kRun - 1 || k == last - 1)) {
           add_row(total.data(), run.data(), columns);
         }
       }
+      const Sum* sum = one_run ? run.data() : total.data();
       for (int64_t h = 0; h < columns; ++h) {
-        out[s * columns + h] = static_cast<Value>(total[static_cast<size_t>(h)]);
+        to[h] = static_cast<Value>(sum[h]);
       }
     }
   });
@@ -238,11 +247,11 @@ void scatter(const Segments& where, const Source& grad, Value* out, int64_t num_
 
 Tensor scatter_rows(const Tensor& grad, const Tensor& index, int64_t num_rows) {
   check_scatter_rows(grad, index, num_rows);
-  const Tensor contiguous = torch::stable::contiguous(index);
+  const Tensor dense = packed(index);
   const int64_t places = index.numel(), columns = grad.size(grad.dim() - 1);
   const Segments where = THO_DISPATCH_V2(
       index.scalar_type(), "scatter_rows", AT_WRAP([&]() -> Segments {
-        const auto* values = contiguous.const_data_ptr<scalar_t>();
+        const auto* values = dense.const_data_ptr<scalar_t>();
         check_values("scatter_rows", "index", values, places, -1, num_rows);
         return segments(values, places, num_rows);
       }),

@@ -96,15 +96,15 @@ Tensor embed_inject(const Tensor& token_ids, const Tensor& table, const Tensor& 
   raise_device_errors();
   const torch::stable::accelerator::DeviceGuard guard(table.get_device_index());
   const int64_t element = static_cast<int64_t>(table.element_size()), columns = table.size(1);
-  const bool packed = table.stride(1) == 1 && rows.stride(1) == 1;
-  const int64_t unit = packed ? unit_bytes(pieces(table) | (rows.size(0) > 0 ? pieces(rows) : 0)) : element;
+  const bool units_fit = table.stride(1) == 1 && rows.stride(1) == 1;
+  const int64_t unit = units_fit ? unit_bytes(pieces(table) | (rows.size(0) > 0 ? pieces(rows) : 0)) : element;
   const int64_t places = token_ids.numel(), units = columns * element / unit;
   const dim3 grid = grid_of(op, divided_up(places, kCopyWarps), divided_up(units, kUnits * kWarp));
   Tensor out = torch::stable::new_empty(table, shape_of_rows(token_ids, columns));
   if (places == 0 || columns == 0) {
     return out;
   }
-  const Tensor ids = torch::stable::contiguous(token_ids), index = torch::stable::contiguous(row_index);
+  const Tensor ids = packed(token_ids), index = packed(row_index);
   Copy copy{};
   copy.token_ids = ids.const_data_ptr<int64_t>();
   copy.row_index = index.const_data_ptr<int32_t>();
@@ -134,9 +134,9 @@ Tensor gather_rows(const Tensor& table, const Tensor& index) {
   if (places == 0 || columns == 0) {
     return out;
   }
-  const Tensor contiguous = torch::stable::contiguous(index);
+  const Tensor dense = packed(index);
   Copy copy{};
-  copy.index = contiguous.const_data_ptr();
+  copy.index = dense.const_data_ptr();
   copy.table = table_of(table, unit);
   copy.out = static_cast<char*>(out.mutable_data_ptr());
   copy.places = places;
@@ -182,7 +182,7 @@ Tensor scatter_rows(const Tensor& grad, const Tensor& index, int64_t num_rows) {
     return out;
   }
   Tensor flat = torch::stable::reshape(index, std::vector<int64_t>{places});
-  flat = torch::stable::contiguous(flat);
+  flat = packed(flat);
   const bool scan = num_rows == 0 || places <= kMostScanned / num_rows;
   std::optional<Tensor> order;
   if (!scan) {
