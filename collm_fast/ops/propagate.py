@@ -182,7 +182,8 @@ def _forward_triton(*args: Any) -> Tensor:
     raise_device_errors()
     _check_forward(*args)
     _check_values(_OP, args[1], args[2], args[6])
-    return kernels.propagate(*args, error_records(_RULES, args[0].device))
+    out: Tensor = kernels.propagate(*args, error_records(_RULES, args[0].device))
+    return out
 
 
 def _backward_triton(*args: Any) -> Tensor:
@@ -191,7 +192,8 @@ def _backward_triton(*args: Any) -> Tensor:
     raise_device_errors()
     _check_backward(*args)
     _check_values(_BACKWARD, args[1], args[2], args[6])
-    return kernels.propagate_backward(*args, error_records(_RULES, args[0].device))
+    out: Tensor = kernels.propagate_backward(*args, error_records(_RULES, args[0].device))
+    return out
 
 
 _native.register(_OP, reference=_forward_reference, triton=_forward_triton)
@@ -200,14 +202,16 @@ _native.register(_BACKWARD, reference=_backward_reference, triton=_backward_trit
 
 @torch.library.register_fake(f"collm_fast::{_OP}", lib=_native.LIBRARY)
 def _forward_fake(*args: Any) -> Tensor:
-    x, rows = args[0], args[6]
+    x: Tensor = args[0]
+    rows: Tensor | None = args[6]
     _check_forward(*args)
     return x.new_empty(x.shape[0] if rows is None else rows.shape[0], x.shape[1])
 
 
 @torch.library.register_fake(f"collm_fast::{_BACKWARD}", lib=_native.LIBRARY)
 def _backward_fake(*args: Any) -> Tensor:
-    grad, crow = args[0], args[1]
+    grad: Tensor = args[0]
+    crow: Tensor = args[1]
     _check_backward(*args)
     return grad.new_empty(crow.shape[0] - 1, grad.shape[1])
 
