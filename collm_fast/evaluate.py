@@ -64,7 +64,7 @@ def score_prompts(
     logits = np.empty(len(prompts.label), np.float32)
     training = model.training
     model.eval()
-    plan = batches(prompts, order="flat", max_tokens=tokens_per_batch, generator=None)
+    plan = batches(prompts, order="group", max_tokens=tokens_per_batch)
     try:
         with tqdm(total=logits.size, desc=progress, unit="prompt", disable=progress is None, leave=False) as bar:
             for rows in plan:

@@ -90,7 +90,7 @@ def test_meta(data: Dataset):
     assert meta["history"]["rule"] == "block" and meta["history"]["block"] == 8
     assert meta["counts"]["rows"] == {"train": 96, "valid": 12, "test": 12} and meta["counts"]["users"] == 6
     assert meta["counts"]["liked"]["train"] == int(data.splits["train"].label.sum())
-    assert meta["bad_rows"]["bad"] == 0 and meta["files"][0]["name"] == "t.csv"
+    assert meta["bad_rows"]["count"] == 0 and meta["files"][0]["name"] == "t.csv"
     assert meta["maps"]["users"]["file"] == "users.parquet" and set(meta["warm"]) == {"not_cold", "three", "over_three"}
     assert data.domain == "item" and data.num_users == 7
 

@@ -90,7 +90,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str):
     else:
         assert raw.titles["3"] == TITLES[3] and raw.titles["5"] == TITLES[5]
     assert raw.domain == ("movie" if name.startswith("ml") else "item")
-    assert raw.bad.report() == {"rows": 4, "bad": 0, "reasons": {}, "first": []}
+    assert raw.bad.report() == {"rows": 4, "count": 0, "reasons": {}, "first": []}
 
 
 def test_ml_100k_reads_recbole_files_too(tmp_path: Path):

@@ -53,7 +53,7 @@ class BadRows:
 
     def report(self) -> dict[str, Any]:
         """For meta.json."""
-        return {"rows": self.total, "bad": self.count, "reasons": dict(self.reasons), "first": self.first}
+        return {"rows": self.total, "count": self.count, "reasons": dict(self.reasons), "first": self.first}
 
 
 @dataclass(frozen=True)
