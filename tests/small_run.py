@@ -48,5 +48,5 @@ def save_llm(folder: Path, family: str = "llama", seed: int = 0, tokenizer: bool
 QUICK = (
     "--limit-train 32 --limit-eval 40 --max-steps 4 --collaborative.max-epochs 3 --collaborative.dim 4 "
     "--collaborative.held-out 0.2 --cie-rows held-out --prompt.history-length 3 --stage1.eval-every 2 "
-    "--stage2.eval-every 2 --stage1.batch-size 8 --stage2.batch-size 8 --loss yes-no"
+    "--stage2.eval-every 2 --stage1.batch-size 8 --stage2.batch-size 8 --loss yes-no --dtype float32"
 ).split()

@@ -72,8 +72,8 @@ def test_a_run_folder_holds_what_it_should(world):
     for name in ("report.md", "loss.png", "validation.png", "roc.png", "calibration.png", "interactions.png"):
         assert (run / name).is_file(), name
     assert {path.name for path in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert list((run / "events").glob("events.out.tfevents*"))
     for row in ("stage1", "stage2"):
+        assert list((run / "events" / row).glob("events.out.tfevents*"))
         assert 1 <= len(list((run / "checkpoints" / row).iterdir())) <= 2
     assert not [path for path in run.rglob(".*")], "temporary files"
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -114,6 +114,24 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, tmp_pa
         assert all(torch.equal(first[key], again[key]) for key in first)
     assert main(train(world, tmp_path / "other", "--seed", "1")) == 0
     assert (tmp_path / "other" / "metrics.json").read_text() != (world / "run" / "metrics.json").read_text()
+
+
+def test_the_adapter_gives_stock_peft_the_same_scores(world):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = collm_fast.open_run(world / "run")
+    test = run.dataset.splits["test"].take(np.arange(6))
+    ours = run.logits(test, "stage1")
+    base = run._base
+    prompts = base.prompts("stage1", test, run.dataset, run.config, cache=False)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "llm"), world / "run" / "adapter")
+    yes, no = base.answers["stage1"]
+    for row in range(len(test)):
+        tokens = prompts.token_ids[prompts.offsets[row] : prompts.offsets[row + 1]]
+        with torch.no_grad():
+            logits = stock(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0, -1]
+        assert float(logits[yes] - logits[no]) == pytest.approx(float(ours[row]), abs=1e-4)
 
 
 def test_evaluate_repeats_the_numbers(world, tmp_path):

@@ -48,7 +48,7 @@ def make_run(path, rows=("item_mean", "item_user_mean", "cf", "stage1", "stage2"
     folder.write_json("history.json", {"stage1": curves, "stage2": curves})
     stage = {"done": True, "steps": 3, "best_step": 3, "first_auc": 0.5, "train_rows": 10}
     folder.update(
-        command="collm-fast train --data 'd & <x>'",
+        commands=["collm-fast train --data 'd & <x>'"],
         device="cpu",
         dtype="float32",
         seed=1,

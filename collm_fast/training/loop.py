@@ -113,8 +113,7 @@ def train_stage(
         loop.restore(found)
     resumed_from = found.step if found else None
     bar = tqdm(total=total, initial=loop.step, desc=options.name, unit="step", disable=not options.progress)
-    started = saved = time.monotonic()
-    prompts = 0
+    saved, training_seconds, prompts = time.monotonic(), 0.0, 0
     order, epoch = _epoch(train, config, options, loop.epoch), loop.epoch
     with stop.held(), bar:
         while True:
@@ -151,6 +150,7 @@ def train_stage(
                 _save(loop, options)
                 stop.check()
 
+            started = time.monotonic()
             if epoch != loop.epoch:
                 order, epoch = _epoch(train, config, options, loop.epoch), loop.epoch
             rows = order[loop.position]
@@ -176,12 +176,13 @@ def train_stage(
 
             loop.advance(value, len(order))
             prompts += rows.size
-            rate_seen = prompts / (time.monotonic() - started)
-            bar.set_postfix_str(f"loss {value:.3f}, {rate_seen:.1f} prompts/s", refresh=False)
+            training_seconds += time.monotonic() - started
+            speed = prompts / training_seconds
+            bar.set_postfix_str(f"loss {value:.3f}, {speed:.1f} prompts/s", refresh=False)
             bar.update()
             _event(options, "train/loss", value, loop.step)
             _event(options, "train/lr", rate, loop.step)
-            _event(options, "train/prompts_per_second", rate_seen, loop.step)
+            _event(options, "train/prompts_per_second", speed, loop.step)
             if time.monotonic() - saved > 60.0 * options.checkpoint_minutes:
                 _save(loop, options)
                 saved = time.monotonic()

@@ -57,7 +57,6 @@ class Work:
     stop: Stop
     resume: bool
     progress: bool
-    events: Any
 
     def split(self, name: str) -> Split:
         """The chosen rows of a split; `stage1` and `stage2` are rows of train."""
@@ -90,13 +89,7 @@ def run_training(
                 say(f"resumed from step {_last_step(folder)}")
             with _timed(folder, "collaborative model"):
                 cf = _collaborative(config, dataset, given, folder, progress)
-            events = _events(config.out)
-            work = Work(config, dataset, base, folder, cf, rows, stop, resume, progress, events)
-            try:
-                _parts(work)
-            finally:
-                if events is not None:
-                    events.close()
+            _parts(Work(config, dataset, base, folder, cf, rows, stop, resume, progress))
         except ValueError:
             # Bad input that only showed now: leave no half-written run behind, unless a part of it was done.
             if not existed and config.out.is_dir() and not RunFolder(config.out).record.get("stages"):
@@ -136,11 +129,16 @@ def _finished(folder: RunFolder, config: TrainConfig) -> bool:
 
 
 def _last_step(folder: RunFolder) -> int:
-    """The step of the newest checkpoint, or of the last finished stage; 0 where nothing has begun."""
-    files = list((folder.path / "checkpoints").glob("*/[0-9]*.safetensors"))
-    if not files:
+    """The step of the stage that was under way, or of the last finished one; 0 where nothing has begun."""
+    stages = [path for path in (folder.path / "checkpoints").glob("*") if _newest_step(path) is not None]
+    if not stages:
         return 0
-    return int(max(files, key=lambda path: (path.stat().st_mtime_ns, path.stem)).stem)
+    return _newest_step(max(stages, key=lambda path: max(file.stat().st_mtime_ns for file in path.iterdir()))) or 0
+
+
+def _newest_step(checkpoints: Path) -> int | None:
+    steps = [int(path.stem) for path in checkpoints.glob("[0-9]*.safetensors")]
+    return max(steps) if steps else None
 
 
 def _start(config: TrainConfig, dataset: Dataset, base: Base, rows: dict[str, IntArray], command: str) -> RunFolder:
@@ -153,8 +151,9 @@ def _start(config: TrainConfig, dataset: Dataset, base: Base, rows: dict[str, In
     rule = "all its training rows (the collaborative model was fitted to them too)"
     if config.cie_rows == "held-out":
         rule = "rows that the collaborative model was not fitted to (the latest of each user)"
+    before = folder.record.get("commands", [])
     folder.update(
-        command=command,
+        commands=before if command in before else [*before, command],
         seed=config.seed,
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
@@ -252,9 +251,10 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         checkpoint_minutes=config.checkpoint_minutes,
         resume=work.resume,
         progress=work.progress,
-        events=work.events,
     )
-    result = train_stage(model, parameters, train, valid, settings, total, options, work.stop)
+    with _events(folder, row, work.resume) as events:
+        options = replace(options, events=events)
+        result = train_stage(model, parameters, train, valid, settings, total, options, work.stop)
     if mapper is None:
         save_adapter(base.llm, folder.path / "adapter", config.llm, config.lora)
     else:
@@ -309,10 +309,18 @@ def _timed(folder: RunFolder, part: str) -> Iterator[None]:
             folder.update(seconds={part: round(before + time.monotonic() - started, 2)})
 
 
-def _events(out: Path) -> Any:
+@contextmanager
+def _events(folder: RunFolder, row: str, resume: bool) -> Iterator[Any]:
+    """A TensorBoard writer of one stage, which on resumption replaces what came after the checkpoint; or None."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.warning("tensorboard is not installed: the run has no events")
-        return None
-    return SummaryWriter(str(out / "events"))
+        yield None
+        return
+    step = _newest_step(folder.path / "checkpoints" / row) if resume else None
+    writer = SummaryWriter(str(folder.path / "events" / row), purge_step=None if step is None else step + 1)
+    try:
+        yield writer
+    finally:
+        writer.close()
