@@ -76,6 +76,8 @@ COLLM_INLINE void draw_keep(const Dropout& d, uint64_t row, int64_t k0, int64_t 
   const int64_t first = k0 / 8, blocks = (n + 7) / 8;
   for (int64_t b = 0; b < blocks; b += kBlocks) {
     uint32_t c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks], words[4 * kBlocks];
+#pragma GCC unroll 1
+#pragma GCC ivdep
     for (int i = 0; i < kBlocks; ++i) {
       c0[i] = static_cast<uint32_t>(first + b + i);
       c1[i] = static_cast<uint32_t>(row);
@@ -85,6 +87,8 @@ COLLM_INLINE void draw_keep(const Dropout& d, uint64_t row, int64_t k0, int64_t 
     // collm::philox with sixteen counters side by side: the compiler makes vectors of the inner loop.
     uint32_t k_lo = static_cast<uint32_t>(d.seed), k_hi = static_cast<uint32_t>(d.seed >> 32);
     for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 1
+#pragma GCC ivdep
       for (int i = 0; i < kBlocks; ++i) {
         const uint64_t p0 = static_cast<uint64_t>(c0[i]) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2[i]) * 0xCD9E8D57u;
         c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k_lo;
@@ -95,6 +99,8 @@ COLLM_INLINE void draw_keep(const Dropout& d, uint64_t row, int64_t k0, int64_t 
       k_lo += 0x9E3779B9u;
       k_hi += 0xBB67AE85u;
     }
+#pragma GCC unroll 1
+#pragma GCC ivdep
     for (int i = 0; i < kBlocks; ++i) {
       words[4 * i] = c0[i], words[4 * i + 1] = c1[i], words[4 * i + 2] = c2[i], words[4 * i + 3] = c3[i];
     }
