@@ -3,10 +3,8 @@
 // With S = D^-1/2 and h_0 = x, the recurrence h_k = x + S A S h_{k-1} ends in h_K = sum_k (S A S)^k x, so the layer
 // mean costs no buffer and no extra pass: a layer gathers rows of g = S h and writes the next g. There are no edge
 // values, and the scratch is two [N, D] tables at any number of layers. The inner loops are in propagate_kernel.h,
-// the checks of shapes and dtypes in ../propagate.h, the specification in collm_fast/reference.py.
-//
-// A row with more than kHubEdges edges is summed in pieces of kHubEdges, whose sums are added in order: neither the
-// number of threads nor the division into tasks changes a bit.
+// the checks of shapes and dtypes in ../propagate.h, the division into tasks in propagate_plan.h, the specification in
+// collm_fast/reference.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -26,17 +24,17 @@
 
 #include "../philox.h"
 #include "../propagate.h"
+#include "propagate_plan.h"
 
 namespace collm {
 namespace {
 
+using namespace propagation;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::stable::parallel_for;
 
 constexpr const char* kOp = "lightgcn_propagate";
-constexpr int64_t kHubEdges = 2048;
-constexpr int64_t kTaskCost = 4096;
 
 // The inner loops of one instruction set, for tables stored as S and sums in A.
 template <typename S, typename A>
@@ -127,68 +125,6 @@ void dispatch(ScalarType type, const F& f) {
     default:
       return f(double{});
   }
-}
-
-// Node i's neighbours are col[begin[i] .. end[i]).
-struct Graph {
-  const int64_t* begin;
-  const int64_t* end;
-  const int32_t* col;
-  const float* inv;
-  int64_t nodes;
-  int64_t nnz;
-};
-
-// --- the division of the work -----------------------------------------------------------------------------------
-struct Task {
-  int64_t first, last;  // positions, or one piece of a hub where piece >= 0
-  int64_t piece;
-};
-struct Piece {
-  int64_t begin, end;  // edges
-};
-struct Hub {
-  int64_t position, first_piece, last_piece;
-};
-struct Plan {
-  const int64_t* rows;  // position -> node; null: position = node
-  std::vector<Task> tasks;
-  std::vector<Piece> pieces;
-  std::vector<Hub> hubs;
-
-  int64_t node(int64_t position) const { return rows == nullptr ? position : rows[position]; }
-};
-
-Plan make_plan(const Graph& graph, const int64_t* rows, int64_t count) {
-  Plan plan{rows, {}, {}, {}};
-  int64_t first = 0, cost = 0;
-  for (int64_t p = 0; p < count; ++p) {
-    const int64_t node = plan.node(p), begin = graph.begin[node], end = graph.end[node];
-    if (end - begin > kHubEdges) {
-      if (first < p) {
-        plan.tasks.push_back({first, p, -1});
-      }
-      const int64_t first_piece = static_cast<int64_t>(plan.pieces.size());
-      for (int64_t e = begin; e < end; e += kHubEdges) {
-        plan.tasks.push_back({p, p + 1, static_cast<int64_t>(plan.pieces.size())});
-        plan.pieces.push_back({e, std::min(e + kHubEdges, end)});
-      }
-      plan.hubs.push_back({p, first_piece, static_cast<int64_t>(plan.pieces.size())});
-      first = p + 1;
-      cost = 0;
-      continue;
-    }
-    cost += end - begin + 4;
-    if (cost >= kTaskCost) {
-      plan.tasks.push_back({first, p + 1, -1});
-      first = p + 1;
-      cost = 0;
-    }
-  }
-  if (first < count) {
-    plan.tasks.push_back({first, count, -1});
-  }
-  return plan;
 }
 
 // --- what a layer adds to its sums ------------------------------------------------------------------------------

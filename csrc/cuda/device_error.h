@@ -40,7 +40,8 @@ inline ErrorRecord* error_record(const char* rule) {
   const std::lock_guard<std::mutex> lock(table.mutex);
   if (table.records == nullptr) {
     void* memory = nullptr;
-    STD_CUDA_CHECK(cudaHostAlloc(&memory, sizeof(ErrorRecord) * ErrorTable::kRules, cudaHostAllocPortable | cudaHostAllocMapped));
+    STD_CUDA_CHECK(
+        cudaHostAlloc(&memory, sizeof(ErrorRecord) * ErrorTable::kRules, cudaHostAllocPortable | cudaHostAllocMapped));
     std::memset(memory, 0, sizeof(ErrorRecord) * ErrorTable::kRules);
     table.records = static_cast<ErrorRecord*>(memory);
   }

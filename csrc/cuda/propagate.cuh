@@ -13,9 +13,9 @@ namespace collm::propagate_cuda {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kPerLane = 4;                // columns a lane sums at a time
-constexpr int kTile = 32 * kPerLane;       // columns a warp sums at a time
-constexpr int64_t kHubEdges = 512;         // above this the whole block sums one row
+constexpr int kPerLane = 4;           // columns a lane sums at a time
+constexpr int kTile = 32 * kPerLane;  // columns a warp sums at a time
+constexpr int64_t kHubEdges = 512;    // above this the whole block sums one row
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 enum class Type : int { float32, bfloat16, float16 };

@@ -117,7 +117,7 @@ struct Fiber {
   ucontext_t context;
   uint3 index;
   State state;
-  unsigned mask;          // of the warp operation this fiber waits in
+  unsigned mask;           // of the warp operation this fiber waits in
   unsigned char slot[16];  // what this lane shows to its warp
   void* fake_stack;
 };
@@ -440,9 +440,7 @@ template <typename T>
 void __stcs(T* address, T value) {
   *address = value;
 }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
-}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }

@@ -112,9 +112,20 @@ int main() {
   } else {
     auto sums = emulator::poisoned<float>(count * D), scaled = emulator::poisoned<float>(count * D);
     auto slot = emulator::poisoned<int32_t>(layer.nodes);
-    const SparseGradient sparse{x.data(), type, integer("row_stride"), integer("column_stride"), sorted.data(),
-                                order.data(), count, layer.nodes, D, inv.data(), sums.data(), scaled.data(),
-                                slot.data(), &errors[0]};
+    const SparseGradient sparse{x.data(),
+                                type,
+                                integer("row_stride"),
+                                integer("column_stride"),
+                                sorted.data(),
+                                order.data(),
+                                count,
+                                layer.nodes,
+                                D,
+                                inv.data(),
+                                sums.data(),
+                                scaled.data(),
+                                slot.data(),
+                                &errors[0]};
     emulator::launch(blocks(count, kWarps), kThreads, [&] { sparse_gradient_kernel(sparse); });
     layer.x = {sums.data(), Type::float32, D, 1, slot.data()};
     layer.is_result = K <= 1;
