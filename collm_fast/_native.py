@@ -55,14 +55,18 @@ def _found_torch() -> str:
     return f"torch {torch.__version__}" + (f" built for CUDA {cuda}" if cuda else "")
 
 
+def _report_other_cuda(major: str) -> None:
+    cuda = f"CUDA {major}"
+    do = f"install a torch for {cuda}, or rebuild with your CUDA's nvcc: COLLM_FAST_CUDA=1 {_REINSTALL}"
+    _report("CUDA kernels", cuda, _found_torch(), do + " (until then Triton serves the GPU)")
+
+
 def _report_failure(device: str, error: OSError) -> None:
     """Why a library did not load: nearly always another CUDA, or a torch from before the stable ABI."""
     what, text = f"{device.upper()} kernels", str(error)
     runtime = re.search(r"libcudart\.so\.(\d+)", text)
     if runtime:
-        cuda = f"CUDA {runtime.group(1)}"
-        do = f"install a torch for {cuda}, or rebuild with your CUDA's nvcc: COLLM_FAST_CUDA=1 {_REINSTALL}"
-        _report(what, cuda, _found_torch(), do + " (until then Triton serves the GPU)")
+        _report_other_cuda(runtime.group(1))
     elif "undefined symbol" in text:
         _report(what, f"torch >= 2.10 ({text})", _found_torch(), "pip install 'torch>=2.10'")
     else:
@@ -107,8 +111,16 @@ def _load() -> None:
         _report("CPU kernels", "pure Python, without a C++ compiler", "no library to load", do)
     if BACKEND == "native" and (not has_cpu or _C is None):
         raise ImportError("COLLM_FAST_BACKEND=native: expected compiled kernels, got none: " + "; ".join(problems))
+    found = cuda_version()
+    if found is None:
+        return
+    built = None if _C is None else _C.build_info()["cuda"]
+    if built is not None and built.split(".")[0] != found.split(".")[0]:
+        # It might even load, with a second CUDA runtime beside torch's; the driver need not serve that one.
+        _report_other_cuda(built.split(".")[0])
+        return
     before = len(problems)
-    if cuda_version() is not None and not _load_libraries("cuda") and len(problems) == before:
+    if not _load_libraries("cuda") and len(problems) == before:
         do = f"install nvcc 12 or newer, then COLLM_FAST_CUDA=1 {_REINSTALL} (until then Triton serves the GPU)"
         _report("CUDA kernels", "the CPU only", _found_torch(), do)
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,15 +132,28 @@ def test_a_library_that_does_not_load_is_explained(problems: list[str], text: st
     assert problems[0].startswith(f"CUDA kernels: {expected}") and "; do: " in problems[0]
 
 
-def test_a_cuda_torch_without_cuda_kernels_is_told(problems: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    [
+        (None, "CUDA kernels: built for the CPU only, found torch {} built for CUDA 13.0; do: install nvcc"),
+        (
+            "12.8.90",
+            "CUDA kernels: built for CUDA 12, found torch {} built for CUDA 13.0; do: install a torch for CUDA 12",
+        ),
+    ],
+)
+def test_a_cuda_torch_without_its_kernels_is_told(
+    problems: list[str], monkeypatch: pytest.MonkeyPatch, built: str | None, expected: str
+) -> None:
+    module = types.SimpleNamespace(build_info=lambda: {"cuda": built})
     monkeypatch.setattr(_native, "cuda_version", lambda: "13.0")
     monkeypatch.setattr(_native, "BACKEND", "auto")
-    monkeypatch.setattr(_native, "_load_module", lambda: object())
+    monkeypatch.setattr(_native, "_load_module", lambda: module)
     monkeypatch.setattr(_native, "_load_libraries", lambda device: device == "cpu")
     monkeypatch.setattr(_native, "_C", None)
     _native._load()
-    assert problems[0].startswith("CUDA kernels: built for the CPU only, found torch")
-    assert "built for CUDA 13.0; do: install nvcc" in problems[0]
+    (problem,) = problems
+    assert problem.startswith(expected.format(torch.__version__))
 
 
 @pytest.fixture
