@@ -64,7 +64,7 @@ def measure_ceilings(device: torch.device, *, quick: bool) -> dict[str, Any]:
     gather_bytes_per_s: {table bytes: rate}; embedding_bag sums 32 random float32 rows of 64 columns into one.
     gemm_flops_per_s:   {dtype: rate}; square on a GPU, [2560, 576] x [576, 576] (SmolLM2's) on a CPU.
     """
-    big, rounds = device.type == "cuda", 3 if quick else 9
+    big, rounds = device.type == "cuda", 9
     sizes = (1, 8, 64) if quick else (1, 8, 64, 512)  # MiB
 
     def best(fn: Callable[[], object]) -> float:

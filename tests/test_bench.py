@@ -1,0 +1,348 @@
+"""The benchmark harness and the comparison of two results, on tiny cases. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, requires
+
+from collm_fast import bench_compare
+from collm_fast.bench_compare import compare
+
+FOLDER = ROOT / "benchmarks"
+ROW_KEYS = {"case", "impl", "pass", "dtype", "threads", "median_s", "p20_s", "p80_s", "peak_bytes", "floor_s"}
+HEAD_KEYS = {"device", "cpu", "simd", "commit", "versions", "data", "ceilings", "rows"}
+CEILINGS = {
+    "copy_bytes_per_s": {"1000": 10.0, "1000000": 100.0},
+    "gather_bytes_per_s": {"1000": 50.0, "1000000": 5.0},
+    "gemm_flops_per_s": {"float32": 2.0, "bfloat16": 4.0},
+}
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The scripts' folder on the path, as when one of them is run; nothing pins this process."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import harness as module
+    import machine
+
+    monkeypatch.setattr(machine, "pin", lambda threads: None)
+    yield module
+    for name in ("harness", "machine", "rows", "ceilings", "bench_inject"):
+        sys.modules.pop(name, None)
+
+
+def tiny(harness: ModuleType, **options: Any) -> Any:
+    return harness.Suite(harness.Options(rounds=2, min_sample_s=0.0, **options), CEILINGS)
+
+
+def doubling(suite: Any) -> None:
+    x = suite.tensor(16, 4)
+    impls = {"ours": lambda: x + x, "torch": lambda: x * 2, "wrong": lambda: x * 3, "broken": lambda: x @ x}
+    suite.case("N=16", "fwd", x.dtype, impls, expected=lambda: x.double() * 2)
+
+
+def test_a_case_becomes_rows_of_the_promised_shape(harness: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = tiny(harness)
+    doubling(suite)
+    result = suite.to_json()
+    assert set(result) >= HEAD_KEYS and all(set(row) >= ROW_KEYS for row in result["rows"])
+    assert [row["impl"] for row in result["rows"]] == ["ours", "torch", "wrong"]
+    ours, _, wrong = result["rows"]
+    assert (ours["case"], ours["pass"], ours["dtype"], ours["threads"]) == ("N=16", "fwd", "float32", 1)
+    assert 0 < ours["p20_s"] <= ours["median_s"] <= ours["p80_s"] and ours["cpu_s"] >= 0 and ours["floor_s"] is None
+    assert ours["agrees"] and ours["error"] == 0 and not wrong["agrees"] and wrong["error"] == pytest.approx(0.5)
+    assert len(result["failures"]) == 1 and result["failures"][0].startswith("N=16 fwd float32 broken: ")
+    assert len(result["data"]["synthetic"]["sha256"]) == 64 and result["versions"]["torch"]
+    json.dumps(result, allow_nan=False)
+    assert capsys.readouterr().err == "N=16 fwd float32\n"
+
+
+def test_no_speed_up_is_reported_for_another_output(harness: ModuleType) -> None:
+    from rows import format_table
+
+    suite = tiny(harness)
+    doubling(suite)
+    line = format_table(suite.rows)
+    assert "torch" in line and line.count("x ours") == 1 and "wrong DIFFERS (error 5.0e-01): no speed-up" in line
+    x = suite.tensor(3)
+    suite.rows.clear()
+    suite.case("nan", "fwd", x.dtype, {"ours": lambda: x / 0, "torch": lambda: x * 2}, expected=lambda: x * 2)
+    line = format_table(suite.rows)
+    assert "ours DIFFERS (not finite): no speed-up" in line and "x ours" not in line and suite.rows[0].error is None
+
+
+def test_failures_of_ours_and_unknown_passes_are_errors(harness: ModuleType) -> None:
+    suite, x = tiny(harness), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        suite.case("a", "fwd", x.dtype, {"ours": lambda: x @ x}, expected=lambda: x)
+    with pytest.raises(ValueError, match="expected a pass of fwd, .* got 'forward'"):
+        suite.case("a", "forward", x.dtype, {"ours": lambda: x}, expected=lambda: x)
+
+
+def test_only_and_flush(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = tiny(harness, only="other")
+    doubling(suite)
+    assert suite.rows == []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, **kw: empty(min(n, 8), **kw))  # not 256 MiB
+    suite = tiny(harness, flush_l2=True)
+    doubling(suite)
+    assert len(suite.rows) == 3
+
+
+def test_backward_returns_outputs_and_gradients(harness: ModuleType) -> None:
+    x, w, grad = torch.ones(2, 3), torch.full((3,), 2.0), torch.full((2, 3), 5.0)
+    out, dx, dw = harness.backward(lambda x, w: x * w, [x, w], grad)()
+    assert not out.requires_grad and torch.equal(out, x * w)
+    assert torch.equal(dx, grad * w) and torch.equal(dw, torch.full((3,), 10.0))
+    out, other, dw = harness.backward(lambda x, w: [x * w, x + w], [x, w], [grad, grad], wrt=[1])()
+    assert torch.equal(dw, torch.full((3,), 20.0)) and torch.equal(other, x + w) and not x.requires_grad
+
+
+def test_distance(harness: ModuleType) -> None:
+    one, two = torch.ones(4), torch.full((4,), 2.0)
+    assert harness.distance([two], [one.double()]) == 1.0 and harness.distance([one, two], [one, two]) == 0.0
+    assert harness.distance([one], [one, one]) == math.inf and harness.distance([one], [torch.ones(4, 1)]) == math.inf
+    assert math.isnan(harness.distance([one, one / 0], [one, one]))
+    assert harness.distance([one], [torch.zeros(4)]) == 2.0
+
+
+def test_the_floor_is_the_slowest_need_at_the_ceilings(harness: ModuleType) -> None:
+    from ceilings import floor_seconds
+
+    work = harness.Work
+    assert floor_seconds(work(bytes=2000), CEILINGS, torch.float32) == 200.0
+    assert floor_seconds(work(bytes=2e6), CEILINGS, torch.float32) == 2e4
+    assert floor_seconds(work(bytes=10, flops=40), CEILINGS, torch.bfloat16) == 10.0
+    assert floor_seconds(work(flops=40), CEILINGS, torch.float64) == 20.0
+    assert floor_seconds(work(gathered=100, table=9e5), CEILINGS, torch.float32) == 20.0
+    assert floor_seconds(work(bytes=1), {}, torch.float32) is None
+
+
+def test_the_machine_is_described(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import machine
+
+    description = machine.description(torch.device("cpu"))
+    assert description["device"] == description["cpu"] and description["simd"]
+    assert description["versions"]["torch"] and description["versions"]["python"]
+    peak = machine.peak_bytes(lambda: torch.ones(4 << 20), torch.device("cpu"))
+    assert peak is None or peak >= 15 << 20  # the kernel counts resident pages in batches
+    monkeypatch.setattr(machine.Path, "write_text", lambda *a: (_ for _ in ()).throw(OSError()))
+    assert machine.peak_bytes(lambda: None, torch.device("cpu")) is None
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setenv("COLLM_FAST_COMMIT", "abc")
+    assert machine.commit() == "abc"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--rounds", "-1"], "--rounds: expected at least 1, got -1"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_a_bad_option_exits_with_two(
+    harness: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        harness.parse("A toy.", arguments)
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_main_writes_the_file_and_fails_on_a_wrong_output(
+    harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device, quick: CEILINGS)
+    path = tmp_path / "new" / "toy.json"
+    assert harness.main(doubling, "A toy.", ["--quick", "--device", "cpu", "--json", str(path)]) == 0
+    assert len(json.loads(path.read_text())["rows"]) == 3 and not list(path.parent.glob(".*"))
+    text = capsys.readouterr().out
+    assert "N=16 fwd float32 x1 | ours" in text and "not run: N=16 fwd float32 broken" in text
+
+    def wrong(suite: Any) -> None:
+        x = suite.tensor(4)
+        suite.case("a", "step", x.dtype, {"ours": lambda: x * math.nan}, expected=lambda: x)
+
+    assert harness.main(wrong, None, ["--quick", "--device", "cpu", "--json", str(path)]) == 1
+    assert json.loads(path.read_text())["rows"][0]["error"] is None
+    assert harness.main(lambda suite: None, None, ["--quick", "--device", "cpu"]) == 1
+    assert "no case was run" in capsys.readouterr().out
+
+
+def test_several_processes_are_merged(tmp_path: Path) -> None:
+    """A script run as a user runs it, twice, pinned and with measured ceilings."""
+    script = tmp_path / "bench_toy.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nimport harness\n"
+        "def cases(suite):\n"
+        "    x = suite.integers(0, 9, 64).float()\n"
+        "    suite.file('script', __import__('pathlib').Path(__file__))\n"
+        "    suite.case('toy', 'eval', x.dtype, {'ours': lambda: x + x}, expected=lambda: x * 2,\n"
+        "               work=harness.Work(bytes=512))\n"
+        "if __name__ == '__main__':\n    raise SystemExit(harness.main(cases, 'A toy.'))\n"
+    )
+    path = tmp_path / "toy.json"
+    command = [sys.executable, str(script), "--quick", "--device", "cpu", "--processes", "2", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert result["processes"] == 2 and len(result["rows"]) == 1 and result["rows"][0]["floor_s"] > 0
+    assert set(result["data"]) == {"synthetic", "script"} and set(result["ceilings"]) == set(CEILINGS)
+    assert "toy eval float32 x1 | ours" in done.stdout
+
+
+def test_merge_takes_medians(harness: ModuleType) -> None:
+    from rows import merge
+
+    suite = tiny(harness)
+    doubling(suite)
+    result = suite.to_json()
+    results = [json.loads(json.dumps(result)) for _ in range(3)]
+    for number, seconds in enumerate((5.0, 1.0, 2.0)):
+        results[number]["rows"][0] |= {"median_s": seconds, "peak_bytes": None, "agrees": number != 2}
+        results[number]["rows"][1]["peak_bytes"] = 10 + number
+    first, second, _ = merge(results)["rows"]
+    assert first["median_s"] == 2.0 and first["peak_bytes"] is None and first["agrees"] is False
+    assert second["peak_bytes"] == 11 and second["agrees"] is True
+
+
+def test_a_process_without_a_result_is_an_error(harness: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "bench_toy.py"
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(SystemExit, match="process 1 of 2 ended without a result"):
+        harness._again([str(script)], 2)
+
+
+def test_every_injection_agrees(harness: ModuleType) -> None:
+    import bench_inject
+
+    suite = tiny(harness)
+    bench_inject.injection(suite, 64, 8, 4, 32, torch.float32)
+    bench_inject.sums(suite, 32, 8, 5, torch.float32)
+    assert suite.failures == [] and all(row.agrees for row in suite.rows)
+    assert {row.pass_ for row in suite.rows} == {"fwd", "fwd+bwd"} and len({row.impl for row in suite.rows}) == 7
+
+
+@requires("cuda")
+def test_samples_and_peak_on_cuda(harness: ModuleType) -> None:
+    import machine
+
+    suite = tiny(harness, device="cuda", flush_l2=True)
+    doubling(suite)
+    assert all(row.median_s > 0 and row.peak_bytes >= 256 for row in suite.rows[:2])
+    assert machine.description(torch.device("cuda"))["device"] == torch.cuda.get_device_name()
+    assert set(harness.measure_ceilings(torch.device("cuda"), quick=True)) == set(CEILINGS)
+
+
+# --- compare -----------------------------------------------------------------------------------------------------
+def result(*rows: tuple[str, str, float], **more: Any) -> dict[str, Any]:
+    return {
+        "device": "a",
+        "cpu": "b",
+        "simd": "c",
+        "commit": "d",
+        "rows": [
+            {"case": case, "impl": impl, "pass": "fwd", "dtype": "float32", "threads": 1, "median_s": seconds}
+            for case, impl, seconds in rows
+        ],
+        **more,
+    }
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Any:
+    def write(name: str, content: Any) -> Path:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def test_compare_prints_ratios(written: Any) -> None:
+    old = written("old.json", result(("x", "ours", 1.0), ("x", "peer", 1.0), ("gone", "ours", 1.0)))
+    new = written("new.json", result(("x", "ours", 1.04), ("x", "peer", 9.0), ("added", "ours", 1.0), device="z"))
+    text, worse = compare(old, new, 0.05)
+    assert not worse and "1.040x" in text and "9.000x" in text
+    assert "only in the old file" in text and "gone fwd float32 x1 ours" in text and "added fwd float32 x1 ours" in text
+    assert "another device: a -> z" in text and text.endswith("rows of ours beyond the allowed loss: none")
+    text, worse = compare(old, new, 0.03)
+    assert worse and "slower than allowed (1.03x)" in text and text.endswith("yes")
+
+
+def test_compare_judges_peers_only_without_ours_and_wrong_outputs_always(written: Any) -> None:
+    old = written("old.json", result(("x", "naive", 1.0)))
+    assert compare(old, written("new.json", result(("x", "naive", 2.0))), 0.5)[1]
+    fast = result(("x", "ours", 0.1))
+    fast["rows"][0]["agrees"] = False
+    text, worse = compare(written("old.json", result(("x", "ours", 1.0))), written("new.json", fast), 0.5)
+    assert worse and "wrong output" in text
+
+
+def test_compare_errors(written: Any, tmp_path: Path) -> None:
+    good = written("good.json", result(("x", "ours", 1.0)))
+    broken = result(("x", "ours", 1.0))
+    del broken["rows"][0]["dtype"]
+    for content, message in (
+        ("{", "expected JSON in"),
+        ([1], "expected an object with rows in"),
+        ({"rows": 3}, "expected an object with rows in"),
+        (broken, "expected dtype in row 0 of"),
+        ({"rows": [4]}, "expected case, pass, dtype, impl, threads, median_s in row 0"),
+        (result(("x", "ours", 0.0)), "expected a median_s above 0 in row 0"),
+        (result(("x", "ours", 1.0), ("x", "ours", 2.0)), "expected each row once in"),
+        (result(("y", "ours", 1.0)), "expected rows in common, got none"),
+    ):
+        with pytest.raises(ValueError, match="bench compare: " + message):
+            compare(good, written("bad.json", content), 0.1)
+    with pytest.raises(ValueError, match="which does not exist"):
+        compare(good, tmp_path / "none.json", 0.1)
+    with pytest.raises(ValueError, match="max_loss of at least 0, got -1"):
+        compare(good, good, -1)
+
+
+def test_compare_command(written: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = written("old.json", result(("x", "ours", 1.0))), written("new.json", result(("x", "ours", 1.2)))
+    assert bench_compare.main([str(old), str(new)]) == 1 and "1.200x" in capsys.readouterr().out
+    assert bench_compare.main([str(old), str(new), "--max-loss", "0.3"]) == 0
+
+
+# --- the GPU suite -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected the folder for the results, got nothing"),
+        (["--fast"], "got --fast"),
+        (["out", "everything"], "expected a step of native, tests, triton, sanitizer, bench, got everything"),
+    ],
+)
+def test_the_gpu_suite_names_a_bad_call(arguments: list[str], message: str, tmp_path: Path) -> None:
+    command = ["bash", str(FOLDER / "gpu_suite.sh"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_gpu_suite_rehearses_a_step(tmp_path: Path) -> None:
+    command = ["bash", str(FOLDER / "gpu_suite.sh"), str(tmp_path), "--rehearse", "sanitizer"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "ok      sanitizer" in (tmp_path / "summary.txt").read_text()
+
+
+def test_options_are_frozen(harness: ModuleType) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        harness.Options().threads = 2
