@@ -5,16 +5,27 @@ The benchmarks live in benchmarks/, which a wheel does not carry; comparing two 
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from collm_fast import bench_compare
-from collm_fast.bench_compare import main as compare
+from collm_fast.bench_compare import compare
 from collm_fast.config import nearest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="collm-fast bench compare", description="The ratios of two result files.")
+    parser.add_argument("old", type=Path, help="the result file before")
+    parser.add_argument("new", type=Path, help="the result file after")
+    parser.add_argument("--max-loss", type=float, default=0.05, help="how much slower ours may be (0.05: 5 %%)")
+    given = parser.parse_args(arguments)
+    text, worse = compare(given.old, given.new, given.max_loss)
+    print(text)
+    return int(worse)
 
 
 def run_bench(arguments: Sequence[str], folder: Path = FOLDER) -> int:
@@ -23,9 +34,7 @@ def run_bench(arguments: Sequence[str], folder: Path = FOLDER) -> int:
     Raises: ValueError outside a checkout, or for a benchmark that does not exist.
     """
     if arguments and arguments[0] == "compare":
-        return bench_compare.main(arguments[1:])
-    if arguments and arguments[0] == "compare":
-        return compare(arguments[1:])
+        return _compare(arguments[1:])
     if not folder.is_dir():
         raise ValueError(f"bench: expected a checkout of collm_fast with benchmarks/, got none at {folder}")
     scripts = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}

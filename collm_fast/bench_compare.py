@@ -1,15 +1,14 @@
 """`collm-fast bench compare`: the ratios of two result files of a benchmark, and whether something became slower.
 
-The files are written by benchmarks/rows.py; their shape is in CONTRIBUTING.md. Needs no benchmark and no torch.
-Floor F3.
+The files are written by benchmarks/rows.py; their shape is in benchmarks/results/README.md. The command line around
+this is `collm_fast.bench`. Floor F3.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +95,3 @@ def compare(old: Path | str, new: Path | str, max_loss: float) -> tuple[str, boo
     judged_word = "rows" if judge_all else "rows of ours"
     lines.append(f"{judged_word} beyond the allowed loss: {'yes' if worse else 'none'}")
     return "\n".join(lines), worse
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`compare OLD.json NEW.json [--max-loss 0.05]`: prints the ratios; 1 where a loss is above the allowed one.
-
-    Raises: ValueError as `compare` does; the command line turns it into exit code 2.
-    """
-    parser = argparse.ArgumentParser(prog="collm-fast bench compare", description=compare.__doc__.split("\n")[0])
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("--max-loss", type=float, default=0.05, help="allowed slowdown of ours (0.05: 5 %%)")
-    given = parser.parse_args(argv)
-    text, worse = compare(given.old, given.new, given.max_loss)
-    print(text)
-    return int(worse)

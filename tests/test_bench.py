@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, requires
 
-from collm_fast import bench_compare
+from collm_fast.bench import run_bench
 from collm_fast.bench_compare import compare
 
 FOLDER = ROOT / "benchmarks"
@@ -316,8 +316,11 @@ def test_compare_errors(written: Any, tmp_path: Path) -> None:
 
 def test_compare_command(written: Any, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = written("old.json", result(("x", "ours", 1.0))), written("new.json", result(("x", "ours", 1.2)))
-    assert bench_compare.main([str(old), str(new)]) == 1 and "1.200x" in capsys.readouterr().out
-    assert bench_compare.main([str(old), str(new), "--max-loss", "0.3"]) == 0
+    assert run_bench(["compare", str(old), str(new)]) == 1 and "1.200x" in capsys.readouterr().out
+    assert run_bench(["compare", str(old), str(new), "--max-loss", "0.3"]) == 0
+    with pytest.raises(SystemExit) as left:
+        run_bench(["compare", str(old)])
+    assert left.value.code == 2
 
 
 # --- the GPU suite -----------------------------------------------------------------------------------------------
