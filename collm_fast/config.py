@@ -167,8 +167,9 @@ class TrainConfig:
     order: Literal["group", "random"] = "group"
     # all: the paper's way. held-out: stage 2 trains on the rows the collaborative model never saw (cf.held_out > 0).
     cie_rows: Literal["all", "held-out"] = "all"
+    # Until so many rows are reached: whole (user, history) groups of train, whole users of valid and test, seeded.
     limit_train: int | None = None
-    limit_valid: int | None = None
+    limit_valid: int | None = None  # None: as limit_eval
     limit_eval: int | None = None
     max_steps: int | None = None  # caps every stage
     resume: Literal["never", "auto"] = "never"

@@ -18,7 +18,18 @@ FLOORS = {
     0: {"config", "reference", "metrics", "graph", "_native", "kernels"},
     1: {"ops", "io"},
     2: {"data", "models", "environment"},
-    3: {"training", "evaluate", "baselines", "report", "rank", "run", "conclusions", "plots", "report_page"},
+    3: {
+        "training",
+        "evaluate",
+        "baselines",
+        "bench_compare",
+        "report",
+        "rank",
+        "run",
+        "conclusions",
+        "plots",
+        "report_page",
+    },
     4: {"cli", "options", "__main__", "demo", "bench"},
 }
 # The package itself imports the ops and nothing above them, except by name and later (module __getattr__).

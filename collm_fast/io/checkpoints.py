@@ -63,6 +63,11 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint file of `folder`, read from its name; None where there is none."""
+    return max((int(path.stem) for path in folder.glob("[0-9]*.safetensors")), default=None)
+
+
 def prune(folder: Path, keep: Iterable[int]) -> None:
     """Delete the checkpoints of every step that is not in `keep`."""
     kept = {f"{step:08d}" for step in keep}

@@ -20,10 +20,13 @@ from typing import Any
 from collm_fast.config import CFConfig, MapperConfig, TrainConfig, from_mapping, to_mapping
 from collm_fast.data.dataset import Dataset, Split, load_dataset
 from collm_fast.evaluate import score_prompts, sigmoid
+from collm_fast.io.checkpoints import newest_step
 from collm_fast.io.peft import load_adapter, save_adapter
 from collm_fast.io.run_folder import RunFolder
 from collm_fast.models.cf.frozen import CFModel
+from collm_fast.models.collm import CoLLM
 from collm_fast.models.lora import set_dropout
+from collm_fast.models.mapper import Mapper
 from collm_fast.report import write_report
 from collm_fast.training.cf import fit_cf, held_out_rows
 from collm_fast.training.interrupt import Stop
@@ -130,15 +133,10 @@ def _finished(folder: RunFolder, config: TrainConfig) -> bool:
 
 def _last_step(folder: RunFolder) -> int:
     """The step of the stage that was under way, or of the last finished one; 0 where nothing has begun."""
-    stages = [path for path in (folder.path / "checkpoints").glob("*") if _newest_step(path) is not None]
+    stages = [path for path in (folder.path / "checkpoints").glob("*") if newest_step(path) is not None]
     if not stages:
         return 0
-    return _newest_step(max(stages, key=lambda path: max(file.stat().st_mtime_ns for file in path.iterdir()))) or 0
-
-
-def _newest_step(checkpoints: Path) -> int | None:
-    steps = [int(path.stem) for path in checkpoints.glob("[0-9]*.safetensors")]
-    return max(steps) if steps else None
+    return newest_step(max(stages, key=lambda path: max(file.stat().st_mtime_ns for file in path.iterdir()))) or 0
 
 
 def _start(config: TrainConfig, dataset: Dataset, base: Base, rows: dict[str, IntArray], command: str) -> RunFolder:
@@ -218,6 +216,19 @@ def _ensure_adapter(work: Work, adapter: Path) -> None:
     load_adapter(work.base.llm, adapter)
 
 
+def _model(work: Work, mapper_config: MapperConfig | None) -> tuple[CoLLM, Mapper | None]:
+    """The untrained model of stage 1 (None), or of stage 2 with a mapper of this form."""
+    config, base = work.config, work.base
+    if mapper_config is None:
+        set_dropout(base.llm, True)
+        return base.model("stage1", config), None
+    set_dropout(base.llm, config.stage2_lora_dropout)
+    seen = ~held_out_rows(work.dataset.splits["train"], work.cf.config.held_out)
+    stats = statistics(mapper_config, work.dataset, seen)
+    mapper = fresh_mapper(mapper_config, work.cf.dim, base.hidden_size, stats, config.seed)
+    return base.model("stage2", config, work.cf, mapper, stats), mapper
+
+
 def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
     """Train one row of the table, keep its best state, score the test rows."""
     config, base, folder = work.config, work.base, work.folder
@@ -226,17 +237,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
     train, valid, test = (
         base.prompts(stage, work.split(name), work.dataset, config) for name in (stage, "valid", "test")
     )
-    mapper, pairs = None, False
-    if mapper_config is not None:
-        seen = ~held_out_rows(work.dataset.splits["train"], work.cf.config.held_out)
-        stats = statistics(mapper_config, work.dataset, seen)
-        pairs = "+pair" in mapper_config.inputs
-        mapper = fresh_mapper(mapper_config, work.cf.user.shape[1], base.hidden_size, stats, config.seed)
-        model = base.model(stage, config, work.cf, mapper, stats)
-        set_dropout(base.llm, config.stage2_lora_dropout)
-    else:
-        model = base.model(stage, config)
-        set_dropout(base.llm, True)
+    model, mapper = _model(work, mapper_config)
     parameters = set_trainable(model, "lora" if mapper is None else "cie")
     total = total_steps(settings, len(train.label), config.max_steps)
     logger.info("%s: %d steps over %d prompts, %d validation rows", row, total, len(train.label), len(valid.label))
@@ -246,7 +247,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         seed=config.seed,
         device=base.device,
         order=config.order,
-        pairs=pairs,
+        pairs="+pair" in row,
         tokens_per_batch=config.tokens_per_batch,
         checkpoint_minutes=config.checkpoint_minutes,
         resume=work.resume,
@@ -265,7 +266,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         model,
         test,
         tokens_per_batch=config.tokens_per_batch,
-        pairs=pairs,
+        pairs="+pair" in row,
         progress=f"{row} test" if work.progress else None,
         check=work.stop.check,
     )
@@ -318,7 +319,7 @@ def _events(folder: RunFolder, row: str, resume: bool) -> Iterator[Any]:
         logger.warning("tensorboard is not installed: the run has no events")
         yield None
         return
-    step = _newest_step(folder.path / "checkpoints" / row) if resume else None
+    step = newest_step(folder.path / "checkpoints" / row) if resume else None
     writer = SummaryWriter(str(folder.path / "events" / row), purge_step=None if step is None else step + 1)
     try:
         yield writer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from collm_fast.io.checkpoints import Checkpoint, latest, load, prune, save
+from collm_fast.io.checkpoints import Checkpoint, latest, load, newest_step, prune, save
 
 
 def test_round_trip_keeps_bits_and_state(tmp_path):
@@ -33,6 +33,13 @@ def test_a_safetensors_file_without_our_state_is_no_checkpoint(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="expected a checkpoint of collm_fast"):
         load(tmp_path / "x.safetensors")
+
+
+def test_newest_step_is_read_from_the_names(tmp_path):
+    assert newest_step(tmp_path / "missing") is None
+    for step in (9, 12):
+        save(tmp_path, Checkpoint(step, {"a": torch.ones(1)}, {}))
+    assert newest_step(tmp_path) == 12
 
 
 def test_prune_keeps_the_named_steps(tmp_path):
