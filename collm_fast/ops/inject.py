@@ -6,6 +6,7 @@ Floor F1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ def _embed_inject_triton(token_ids: Tensor, table: Tensor, rows: Tensor, row_ind
         _check_embed_inject_values(token_ids, table, rows, row_index)
     token_record = _record("embed_inject: expected token_ids in [0, ", table)
     row_record = _record("embed_inject: expected row_index in [-1, ", table)
-    return inject.embed_inject(token_ids, table, rows, row_index, token_record, row_record)
+    result: Tensor = inject.embed_inject(token_ids, table, rows, row_index, token_record, row_record)
+    return result
 
 
 def _gather_rows_triton(table: Tensor, index: Tensor) -> Tensor:
@@ -131,7 +133,8 @@ def _gather_rows_triton(table: Tensor, index: Tensor) -> Tensor:
     _check_gather_rows(table, index)
     if not table.is_cuda:
         _check_values("gather_rows", "index", index, -1, table.shape[0])
-    return inject.gather_rows(table, index, _record("gather_rows: expected index in [-1, ", table))
+    result: Tensor = inject.gather_rows(table, index, _record("gather_rows: expected index in [-1, ", table))
+    return result
 
 
 def _scatter_rows_triton(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
@@ -141,7 +144,8 @@ def _scatter_rows_triton(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     _check_scatter_rows(grad, index, num_rows)
     if not grad.is_cuda:
         _check_values("scatter_rows", "index", index, -1, num_rows)
-    return inject.scatter_rows(grad, index, num_rows, _record("scatter_rows: expected index in [-1, ", grad))
+    result: Tensor = inject.scatter_rows(grad, index, num_rows, _record("scatter_rows: expected index in [-1, ", grad))
+    return result
 
 
 _native.register("embed_inject", reference=_embed_inject_reference, triton=_embed_inject_triton)
@@ -205,13 +209,13 @@ def _scatter_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.collm_fast.gather_rows(grad, index), None, None
 
 
-_AUTOGRAD = {
-    "embed_inject": (_embed_inject_backward, _embed_inject_setup),
-    "gather_rows": (_gather_rows_backward, _gather_rows_setup),
-    "scatter_rows": (_scatter_rows_backward, _scatter_rows_setup),
-}
-for _op, (_backward, _setup) in _AUTOGRAD.items():
-    torch.library.register_autograd(f"collm_fast::{_op}", _backward, setup_context=_setup, lib=_native.LIBRARY)
+def _register_autograd(op: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    torch.library.register_autograd(f"collm_fast::{op}", backward, setup_context=setup, lib=_native.LIBRARY)
+
+
+_register_autograd("embed_inject", _embed_inject_backward, _embed_inject_setup)
+_register_autograd("gather_rows", _gather_rows_backward, _gather_rows_setup)
+_register_autograd("scatter_rows", _scatter_rows_backward, _scatter_rows_setup)
 
 
 # --- public functions --------------------------------------------------------------------------------------------
