@@ -31,11 +31,10 @@ inline std::string device_of(const Tensor& tensor) {
   return tensor.is_cpu() ? "cpu" : tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another";
 }
 
-inline void check_device(
-    const char* op, const char* what, const Tensor& tensor, const char* first, const Tensor& other) {
-  COLLM_CHECK(
-      tensor.device() == other.device(), op, what, " on ", first, "'s device ", device_of(other), ", got ",
-      device_of(tensor));
+inline void check_device(const char* op, const char* what, const Tensor& tensor, const char* first,
+                         const Tensor& other) {
+  COLLM_CHECK(tensor.device() == other.device(), op, what, " on ", first, "'s device ", device_of(other), ", got ",
+              device_of(tensor));
 }
 
 inline bool is_index(ScalarType type) { return type == ScalarType::Int || type == ScalarType::Long; }
@@ -52,22 +51,20 @@ inline bool leading_shape_matches(const Tensor& grad, const Tensor& index) {
   return true;
 }
 
-inline void check_embed_inject(
-    const Tensor& token_ids, const Tensor& table, const Tensor& rows, const Tensor& row_index) {
+inline void check_embed_inject(const Tensor& token_ids, const Tensor& table, const Tensor& rows,
+                               const Tensor& row_index) {
   constexpr const char* op = "embed_inject";
   COLLM_CHECK(token_ids.scalar_type() == ScalarType::Long, op, "token_ids of dtype int64, got ", dtype(token_ids));
   COLLM_CHECK(row_index.scalar_type() == ScalarType::Int, op, "row_index of dtype int32, got ", dtype(row_index));
-  COLLM_CHECK(
-      token_ids.sizes().equals(row_index.sizes()), op, "row_index of token_ids' shape ", shape(token_ids), ", got ",
-      shape(row_index));
+  COLLM_CHECK(token_ids.sizes().equals(row_index.sizes()), op, "row_index of token_ids' shape ", shape(token_ids),
+              ", got ", shape(row_index));
   COLLM_CHECK(table.dim() == 2, op, "table of shape [V, H], got ", shape(table));
   COLLM_CHECK(rows.dim() == 2, op, "rows of shape [S, H], got ", shape(rows));
-  COLLM_CHECK(
-      rows.size(1) == table.size(1), op, "rows of the table's ", table.size(1), " columns, got ", rows.size(1));
-  COLLM_CHECK(
-      is_float(table.scalar_type()), op, "table of dtype float32, bfloat16, float16 or float64, got ", dtype(table));
-  COLLM_CHECK(
-      rows.scalar_type() == table.scalar_type(), op, "rows of the table's dtype ", dtype(table), ", got ", dtype(rows));
+  COLLM_CHECK(rows.size(1) == table.size(1), op, "rows of the table's ", table.size(1), " columns, got ", rows.size(1));
+  COLLM_CHECK(is_float(table.scalar_type()), op, "table of dtype float32, bfloat16, float16 or float64, got ",
+              dtype(table));
+  COLLM_CHECK(rows.scalar_type() == table.scalar_type(), op, "rows of the table's dtype ", dtype(table), ", got ",
+              dtype(rows));
   check_device(op, "token_ids", token_ids, "table", table);
   check_device(op, "rows", rows, "table", table);
   check_device(op, "row_index", row_index, "table", table);
@@ -77,19 +74,18 @@ inline void check_gather_rows(const Tensor& table, const Tensor& index) {
   constexpr const char* op = "gather_rows";
   COLLM_CHECK(is_index(index.scalar_type()), op, "index of dtype int32 or int64, got ", dtype(index));
   COLLM_CHECK(table.dim() == 2, op, "table of shape [V, H], got ", shape(table));
-  COLLM_CHECK(
-      is_float(table.scalar_type()), op, "table of dtype float32, bfloat16, float16 or float64, got ", dtype(table));
+  COLLM_CHECK(is_float(table.scalar_type()), op, "table of dtype float32, bfloat16, float16 or float64, got ",
+              dtype(table));
   check_device(op, "index", index, "table", table);
 }
 
 inline void check_scatter_rows(const Tensor& grad, const Tensor& index, int64_t num_rows) {
   constexpr const char* op = "scatter_rows";
   COLLM_CHECK(is_index(index.scalar_type()), op, "index of dtype int32 or int64, got ", dtype(index));
-  COLLM_CHECK(
-      leading_shape_matches(grad, index), op, "grad of index's shape ", shape(index), " and one more dimension, got ",
-      shape(grad));
-  COLLM_CHECK(
-      is_float(grad.scalar_type()), op, "grad of dtype float32, bfloat16, float16 or float64, got ", dtype(grad));
+  COLLM_CHECK(leading_shape_matches(grad, index), op, "grad of index's shape ", shape(index),
+              " and one more dimension, got ", shape(grad));
+  COLLM_CHECK(is_float(grad.scalar_type()), op, "grad of dtype float32, bfloat16, float16 or float64, got ",
+              dtype(grad));
   COLLM_CHECK(num_rows >= 0, op, "num_rows of at least 0, got ", num_rows);
   check_device(op, "index", index, "grad", grad);
 }

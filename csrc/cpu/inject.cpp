@@ -31,7 +31,9 @@ constexpr int64_t kRun = 64;
 
 constexpr int64_t kBytesPerTask = 1 << 16;  // less is not worth waking a thread for
 
-int64_t grain(int64_t bytes_per_row) { return std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_row)); }
+int64_t grain(int64_t bytes_per_row) {
+  return std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_row));
+}
 
 template <typename Index>
 void check_values(const char* op, const char* what, const Index* index, int64_t count, int64_t low, int64_t high) {
@@ -85,9 +87,8 @@ Tensor embed_inject(const Tensor& token_ids, const Tensor& table, const Tensor& 
   check_values("embed_inject", "row_index", index, places, -1, rows.size(0));
   for (int64_t i = 0; i < places; ++i) {
     // An injected place's token id is a placeholder: it may be anything.
-    COLLM_CHECK(
-        index[i] >= 0 || (ids[i] >= 0 && ids[i] < vocabulary), "embed_inject", "token_ids in [0, ", vocabulary,
-        "), got ", ids[i]);
+    COLLM_CHECK(index[i] >= 0 || (ids[i] >= 0 && ids[i] < vocabulary), "embed_inject", "token_ids in [0, ", vocabulary,
+                "), got ", ids[i]);
   }
   const auto sizes = shape_of_rows(token_ids, columns);
   Tensor out = torch::stable::new_empty(table, sizes);
@@ -123,17 +124,16 @@ Tensor gather_rows(const Tensor& table, const Tensor& index) {
   check_gather_rows(table, index);
   const Tensor dense = packed(index);
   const int64_t places = index.numel(), columns = table.size(1);
-  Tensor out = THO_DISPATCH_V2(
-      index.scalar_type(), "gather_rows", AT_WRAP([&]() -> Tensor {
-        const auto* values = dense.const_data_ptr<scalar_t>();
-        check_values("gather_rows", "index", values, places, -1, table.size(0));
-        Tensor result = torch::stable::new_empty(table, shape_of_rows(index, columns));
-        const Source from = source(table, {1, table.stride(0), 0, table.stride(1)});
-        auto* to = static_cast<char*>(result.mutable_data_ptr());
-        gather(from, values, to, places, columns, static_cast<int64_t>(table.element_size()));
-        return result;
-      }),
-      ScalarType::Int, ScalarType::Long);
+  Tensor out = THO_DISPATCH_V2(index.scalar_type(), "gather_rows", AT_WRAP([&]() -> Tensor {
+                                 const auto* values = dense.const_data_ptr<scalar_t>();
+                                 check_values("gather_rows", "index", values, places, -1, table.size(0));
+                                 Tensor result = torch::stable::new_empty(table, shape_of_rows(index, columns));
+                                 const Source from = source(table, {1, table.stride(0), 0, table.stride(1)});
+                                 auto* to = static_cast<char*>(result.mutable_data_ptr());
+                                 gather(from, values, to, places, columns, static_cast<int64_t>(table.element_size()));
+                                 return result;
+                               }),
+                               ScalarType::Int, ScalarType::Long);
   return out;
 }
 
@@ -249,21 +249,19 @@ Tensor scatter_rows(const Tensor& grad, const Tensor& index, int64_t num_rows) {
   check_scatter_rows(grad, index, num_rows);
   const Tensor dense = packed(index);
   const int64_t places = index.numel(), columns = grad.size(grad.dim() - 1);
-  const Segments where = THO_DISPATCH_V2(
-      index.scalar_type(), "scatter_rows", AT_WRAP([&]() -> Segments {
-        const auto* values = dense.const_data_ptr<scalar_t>();
-        check_values("scatter_rows", "index", values, places, -1, num_rows);
-        return segments(values, places, num_rows);
-      }),
-      ScalarType::Int, ScalarType::Long);
+  const Segments where = THO_DISPATCH_V2(index.scalar_type(), "scatter_rows", AT_WRAP([&]() -> Segments {
+                                           const auto* values = dense.const_data_ptr<scalar_t>();
+                                           check_values("scatter_rows", "index", values, places, -1, num_rows);
+                                           return segments(values, places, num_rows);
+                                         }),
+                                         ScalarType::Int, ScalarType::Long);
   const auto [readable, strides] = strided_rows(grad);
   Tensor out = torch::stable::new_empty(grad, std::vector<int64_t>{num_rows, columns});
   const Source from = source(readable, strides);
-  THO_DISPATCH_V2(
-      grad.scalar_type(), "scatter_rows", AT_WRAP([&]() {
-        scatter<scalar_t>(where, from, out.mutable_data_ptr<scalar_t>(), num_rows, columns);
-      }),
-      ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16);
+  THO_DISPATCH_V2(grad.scalar_type(), "scatter_rows", AT_WRAP([&]() {
+                    scatter<scalar_t>(where, from, out.mutable_data_ptr<scalar_t>(), num_rows, columns);
+                  }),
+                  ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16);
   return out;
 }
 

@@ -144,9 +144,8 @@ Tensor gather_rows(const Tensor& table, const Tensor& index) {
   copy.bad_row = error_record("gather_rows: expected index in [-1, ");
   const cudaStream_t stream = current_stream(table);
   with_index(index.scalar_type(), [&](auto i) {
-    with_unit(unit, [&](auto u) {
-      gather_rows_kernel<decltype(u), decltype(i)><<<grid, kCopyThreads, 0, stream>>>(copy);
-    });
+    with_unit(unit,
+              [&](auto u) { gather_rows_kernel<decltype(u), decltype(i)><<<grid, kCopyThreads, 0, stream>>>(copy); });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
@@ -155,8 +154,8 @@ Tensor gather_rows(const Tensor& table, const Tensor& index) {
 // torch's stable sort: (values, places).
 std::pair<Tensor, Tensor> sorted(const Tensor& index) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{
-      from(index), from(std::optional<bool>(true)), from(static_cast<int64_t>(0)), from(false)};
+  std::array<StableIValue, 4> stack{from(index), from(std::optional<bool>(true)), from(static_cast<int64_t>(0)),
+                                    from(false)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }

@@ -41,9 +41,7 @@ struct alignas(16) Bytes16 {
 };
 
 // The largest of 16, 8, 4 and 2 bytes that divides everything a copy touches.
-inline int unit_bytes(int64_t pieces) {
-  return pieces % 16 == 0 ? 16 : pieces % 8 == 0 ? 8 : pieces % 4 == 0 ? 4 : 2;
-}
+inline int unit_bytes(int64_t pieces) { return pieces % 16 == 0 ? 16 : pieces % 8 == 0 ? 8 : pieces % 4 == 0 ? 4 : 2; }
 
 // One warp copies kUnits * kWarp units of one row; `from` is null for a row of zeros.
 template <typename Unit>
@@ -165,7 +163,8 @@ struct Columns {
   }
 
   __device__ __forceinline__ void add(const Sum& sum, int64_t place) {
-    const int64_t offset = sum.split == 1 ? place * sum.outer : place / sum.split * sum.outer + place % sum.split * sum.inner;
+    const int64_t offset =
+        sum.split == 1 ? place * sum.outer : place / sum.split * sum.outer + place % sum.split * sum.inner;
     const Value* row = static_cast<const Value*>(sum.grad) + offset;
     if (in_run == kRun) {
       end_run();
