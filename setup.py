@@ -70,8 +70,7 @@ class CMakeBuild(build_ext):
             )
         import pybind11
 
-        split = os.environ.get("COLLM_FAST_SPLIT") == "1"
-        build = Path(self.build_temp + "-split" * split).resolve()
+        build = Path(self.build_temp).resolve()
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         settings = {
             "COLLM_FAST_TORCH": torch,
@@ -81,7 +80,6 @@ class CMakeBuild(build_ext):
             "COLLM_FAST_PYBIND11_INCLUDE": pybind11.get_include(),
             "COLLM_FAST_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "COLLM_FAST_CUDA": os.environ.get("COLLM_FAST_CUDA", "auto"),
-            "COLLM_FAST_SPLIT": "ON" if os.environ.get("COLLM_FAST_SPLIT") == "1" else "OFF",
             "COLLM_FAST_WERROR": os.environ.get("COLLM_FAST_WERROR", "0"),
             "COLLM_FAST_SANITIZE": os.environ.get("COLLM_FAST_SANITIZE", ""),
         }
@@ -93,20 +91,7 @@ class CMakeBuild(build_ext):
         options = [f"-D{key}={value}" for key, value in settings.items()]
         subprocess.check_call([cmake, "-S", str(ROOT), "-B", str(build), *generator, *options])
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        failed = subprocess.call(
-            [cmake, "--build", str(build), "--parallel", jobs, *(["--", "-k", "0"] if split else [])]
-        )
-        if failed and not split:
-            raise SystemExit(failed)
-        if split:
-            for path in ROOT.glob("collm_fast/libcollm_fast_c*.so"):
-                if path.stem in ("libcollm_fast_cpu", "libcollm_fast_cuda"):
-                    path.unlink()
-            for path in build.glob("*.so"):
-                temporary = ROOT / "collm_fast" / (path.name + ".tmp")
-                shutil.copy2(path, temporary)
-                temporary.replace(ROOT / "collm_fast" / path.name)
-            raise SystemExit(failed)
+        subprocess.check_call([cmake, "--build", str(build), "--parallel", jobs])
         target = ROOT / "collm_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "collm_fast"
         install = [cmake, "--install", str(build), "--prefix", str(target), "--component", "collm_fast"]
         subprocess.check_call([*install, *([] if COLLM_KEEP_SYMBOLS else ["--strip"])])

@@ -73,16 +73,17 @@ def _report_failure(device: str, error: OSError) -> None:
         _report(what, f"another system ({text})", _found_torch(), _REINSTALL)
 
 
-def _load_libraries(device: str) -> bool:
+def _load_library(device: str) -> bool:
     """Whether the device's library exists and loaded; a failure to load is reported in `problems`."""
-    paths = sorted(FOLDER.glob(f"libcollm_fast_{device}*.so"))
-    for path in paths:
-        try:
-            torch.ops.load_library(path)
-        except OSError as error:
-            _report_failure(device, error)
-            return False
-    return bool(paths)
+    path = FOLDER / f"libcollm_fast_{device}.so"
+    if not path.is_file():
+        return False
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        _report_failure(device, error)
+        return False
+    return True
 
 
 def _load_module() -> ModuleType | None:
@@ -105,7 +106,7 @@ def _load() -> None:
     _C = _load_module()
     if BACKEND == "triton":
         return
-    has_cpu = _load_libraries("cpu")
+    has_cpu = _load_library("cpu")
     if not has_cpu and not problems:
         do = f"install g++ 11 or newer, then {_REINSTALL} (until then the reference serves the CPU)"
         _report("CPU kernels", "pure Python, without a C++ compiler", "no library to load", do)
@@ -120,7 +121,7 @@ def _load() -> None:
         _report_other_cuda(built.split(".")[0])
         return
     before = len(problems)
-    if not _load_libraries("cuda") and len(problems) == before:
+    if not _load_library("cuda") and len(problems) == before:
         do = f"install nvcc 12 or newer, then COLLM_FAST_CUDA=1 {_REINSTALL} (until then Triton serves the GPU)"
         _report("CUDA kernels", "the CPU only", _found_torch(), do)
 

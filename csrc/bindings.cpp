@@ -43,13 +43,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "collm_fast's host helpers; see the Python functions that call them.";
   m.def("build_info", &build_info,
         "The version, torch, CUDA and compiler of this build, and this CPU's instruction set.");
-#ifdef COLLM_FAST_HAS_GRAPH
   bind_graph(m);
-#endif
-#ifdef COLLM_FAST_HAS_PLANNER
   bind_planner(m);
-#endif
-#ifdef COLLM_FAST_HAS_SAMPLER
   bind_sampler(m);
-#endif
 }

@@ -71,7 +71,7 @@ def available(need: str) -> bool:
     if need == "native":
         from collm_fast import _native
 
-        return bool(list(_native.FOLDER.glob("libcollm_fast_cpu*.so"))) and _native.C() is not None
+        return (_native.FOLDER / "libcollm_fast_cpu.so").is_file() and _native.C() is not None
     return _installed(need)
 
 

@@ -149,7 +149,7 @@ def test_a_cuda_torch_without_its_kernels_is_told(
     monkeypatch.setattr(_native, "cuda_version", lambda: "13.0")
     monkeypatch.setattr(_native, "BACKEND", "auto")
     monkeypatch.setattr(_native, "_load_module", lambda: module)
-    monkeypatch.setattr(_native, "_load_libraries", lambda device: device == "cpu")
+    monkeypatch.setattr(_native, "_load_library", lambda device: device == "cpu")
     monkeypatch.setattr(_native, "_C", None)
     _native._load()
     (problem,) = problems
