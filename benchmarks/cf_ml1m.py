@@ -132,6 +132,8 @@ def notes(test: Split, stall: Sequence[float], official: Sequence[dict[str, Any]
         "",
         "NDCG: the published values agree with the mean over users with both classes; the reports of this package "
         "count every user with a like.",
+        "",
+        "Seconds: wall time includes whatever else ran on the machine, CPU time does not.",
     ]
 
 
