@@ -20,6 +20,8 @@ NAMES = {
 
 def row_name(row: str) -> str:
     """A row of the table in words."""
+    if row.startswith("logistic"):
+        return "a logistic regression on the same inputs, without a language model"
     return NAMES.get(row, f"stage 2 with {row.removeprefix('stage2')}")
 
 
@@ -123,12 +125,13 @@ def conclusions(
     user: NDArray[np.int64],
     label: NDArray[np.int64],
 ) -> list[str]:
-    """Sentences on every row that the language model has in the test table."""
+    """Sentences on every row that the language model has in the test table; `scores` may hold controls as well."""
     sentences = []
     for row in (row for row in scores if row.startswith("stage")):
         sentences.append(against_chance(row, metrics[row]["test"]["all"]))
         others = ["stage1"] if row != "stage1" else []
         others += ["cf", "item_user_mean"] + (["stage2"] if row.startswith("stage2+") else [])
+        others += [row.replace("stage2", "logistic")] if row != "stage1" else []
         for other in (other for other in others if other in scores):
             sentences.append(compare(row, other, auc_difference(user, scores[row], scores[other], label)))
         drop = stage_drop(stages, row) if row != "stage1" else None

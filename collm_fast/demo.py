@@ -17,16 +17,14 @@ import torch
 from collm_fast.config import CFConfig, CFName, PrepareConfig, PromptConfig, StageConfig, TrainConfig
 from collm_fast.data.dataset import Dataset, load_dataset
 from collm_fast.data.prepare import prepare
-from collm_fast.evaluate import sigmoid
 from collm_fast.io.run_folder import RunFolder
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.llm import resolve_device, resolve_dtype
-from collm_fast.models.mapper import id_statistics
 from collm_fast.report import console_text, write_report
-from collm_fast.training.cf import fit_cf, held_out_rows
+from collm_fast.training.cf import fit_cf
 from collm_fast.training.loop import total_steps
 from collm_fast.training.pipeline import run_training
-from collm_fast.training.scores import controls, table_of
+from collm_fast.training.scores import add_controls
 from collm_fast.training.subsets import choose_rows
 
 CF_MODELS: tuple[CFName, ...] = ("mf", "lightgcn")
@@ -100,7 +98,11 @@ def run_demo(
     say(f"Better by validation AUC, so stage 2 reads it: {best}.")
     config = demo_config(data, out, llm, seed, str(out / "collaborative" / best), size)
     folder = run_training(config, command=f"collm-fast demo --data {data} --out {out} --seed {seed}", say=say)
-    _add_controls(folder, config, dataset, {name: model for name, (model, _) in models.items() if name != best})
+    test = dataset.splits["test"].take(choose_rows(config, dataset, HELD_OUT)["test"])
+    others = {
+        name: model.score(test.uid, test.iid).astype(float) for name, (model, _) in models.items() if name != best
+    }
+    add_controls(folder, test, others, seed=seed)
     write_report(folder)
     folder.update(demo_done=True)
     say("\n" + _closing(folder))
@@ -173,20 +175,6 @@ def _collaborative(
             f"UAUC {test['uauc']:.3f}"
         )
     return models
-
-
-def _add_controls(folder: RunFolder, config: TrainConfig, dataset: Dataset, others: dict[str, CFModel]) -> None:
-    """What else needs no language model, on the same test rows: the other model, and linear readings of the inputs."""
-    chosen = choose_rows(config, dataset, HELD_OUT)
-    train, test = dataset.splits["train"].take(chosen["stage2"]), dataset.splits["test"].take(chosen["test"])
-    found = {}
-    for name, model in others.items():
-        logits = model.score(test.uid, test.iid)
-        found[name] = table_of(test, (logits, sigmoid(logits)), config.seed)["all"]
-    seen = id_statistics(dataset, ~held_out_rows(dataset.splits["train"], HELD_OUT))
-    statistics = seen.user.numpy(), seen.item.numpy()
-    found |= controls(CFModel.load(folder.path), statistics, train, test, seed=config.seed)
-    folder.update(controls=found)
 
 
 def _closing(folder: RunFolder) -> str:

@@ -103,8 +103,10 @@ class _Predictions:
         columns = read_table(path, ["uid", "label"], "report")
         return cls(columns["uid"].astype(np.int64), columns["label"].astype(np.int64), columns)
 
-    def scores(self) -> dict[str, NDArray[np.float64]]:
-        found = {name.removeprefix("score:"): values for name, values in self.columns.items() if name[:6] == "score:"}
+    def scores(self, kind: str = "score") -> dict[str, NDArray[np.float64]]:
+        """The scores of the table's rows, or of what is beside the table (`control`)."""
+        prefix = f"{kind}:"
+        found = {name.removeprefix(prefix): column for name, column in self.columns.items() if name.startswith(prefix)}
         return {row: found[row].astype(np.float64) for row in ordered_rows(found)}
 
 
@@ -114,7 +116,7 @@ def write_report(folder: RunFolder) -> list[str]:
     stages = folder.record.get("stages", {})
     sentences: list[str] = []
     if predictions is not None:
-        scores = predictions.scores()
+        scores = {**predictions.scores(), **predictions.scores("control")}
         sentences = conclusions.conclusions(folder.metrics, stages, scores, predictions.user, predictions.label)
     folder.update(conclusions=sentences)
     images = _plots(folder, predictions)
@@ -159,6 +161,13 @@ def _tables(folder: RunFolder) -> list[Block]:
     if controls:
         lines = [[name, with_interval(table, "auc"), with_interval(table, "uauc")] for name, table in controls.items()]
         blocks.append(Table("More without a language model, same test rows", ["model", *HEADER[1:3]], lines))
+        blocks.append(
+            Paragraph(
+                "logistic is a ridge-regularised logistic regression on the user's and the item's embedding, fitted "
+                "to the rows that stage 2 trained on: a linear reading of what the mapper reads. +stats adds user and "
+                "item statistics, +pair the product of the two embeddings."
+            )
+        )
     return blocks
 
 

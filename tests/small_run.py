@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from small_llm import small_model, small_tokenizer
 
 # Titles that a prompt must survive: every tag, quotes, control characters, markup.
@@ -42,6 +43,12 @@ def save_llm(folder: Path, family: str = "llama", seed: int = 0, tokenizer: bool
     if tokenizer:
         words.save_pretrained(folder)
     return folder
+
+
+def quick_reports(patch: pytest.MonkeyPatch) -> None:
+    """Few resamples and no drawing: half of a small run's time, and the subject of test_report.py and test_cli.py."""
+    patch.setattr("collm_fast.evaluate.BOOTSTRAP_SAMPLES", 20)
+    patch.setattr("collm_fast.plots._png", lambda figure: b"\x89PNG")
 
 
 # Options of a training that takes a second.

@@ -6,7 +6,7 @@ import json
 import signal
 
 import pytest
-from small_run import save_llm, write_ratings
+from small_run import quick_reports, save_llm, write_ratings
 
 import collm_fast
 from collm_fast import demo
@@ -24,6 +24,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    quick_reports(patch)
     small = demo.MachineClass("small products", 48, 0.01, 0.01)
     patch.setattr(demo, "BF16", small)
     patch.setattr(demo, "FLOAT32", small)

@@ -42,6 +42,7 @@ def make_run(path, rows=("item_mean", "item_user_mean", "cf", "stage1", "stage2"
             columns[f"probability:{row}"] = sigmoid(score)
         for split in ("valid", "test"):
             folder.add_metrics(row, split, table(user, score, label))
+    columns["control:logistic"] = scored(2, 0.6)[2]
     columns |= {name: np.arange(columns["uid"].size) % 60 for name in ("user_train_rows", "item_train_rows")}
     write_table(path / "predictions" / "test.parquet", columns)
     curves = {"loss": [0.9, 0.7, 0.6], "eval_step": [0, 3], "valid_auc": [0.5, 0.6]}
@@ -94,7 +95,8 @@ def test_report_files_are_whole_and_self_contained(tmp_path):
     ):
         assert wanted in text, wanted
     assert any("ends below stage 1 in validation AUC: 0.600 against 0.700" in sentence for sentence in sentences)
-    assert any("Stage 1 (text only) ranks above" in sentence or "stage 1" in sentence.lower() for sentence in sentences)
+    assert any("a logistic regression on the same inputs" in sentence for sentence in sentences)
+    assert folder.record["conclusions"] == sentences
 
 
 def test_the_same_run_gives_the_same_report(tmp_path):

@@ -17,6 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from collm_fast.config import CFConfig, MapperConfig, TrainConfig, from_mapping, to_mapping
 from collm_fast.data.dataset import Dataset, Split, load_dataset
 from collm_fast.evaluate import score_prompts, sigmoid
@@ -26,12 +29,13 @@ from collm_fast.io.run_folder import RunFolder
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.lora import set_dropout
-from collm_fast.models.mapper import Mapper
+from collm_fast.models.mapper import Mapper, id_statistics
 from collm_fast.report import write_report
 from collm_fast.training.cf import fit_cf, held_out_rows
+from collm_fast.training.controls import control_scores
 from collm_fast.training.interrupt import Stop
 from collm_fast.training.loop import LoopOptions, total_steps, train_stage
-from collm_fast.training.scores import add_scores, baseline_scores
+from collm_fast.training.scores import add_controls, add_scores, baseline_scores
 from collm_fast.training.stages import (
     Base,
     fresh_lora,
@@ -203,8 +207,18 @@ def _parts(work: Work) -> None:
             continue
         with _timed(work.folder, row):
             _stage(work, row, mapper)
+    if work.config.stage != "lora":
+        train, test = work.split("stage2"), work.split("test")
+        known = id_statistics(work.dataset, _seen(work))
+        found = control_scores(work.cf, known, train, test)
+        add_controls(work.folder, test, found, seed=work.config.seed)
     with _timed(work.folder, "report"):
         write_report(work.folder)
+
+
+def _seen(work: Work) -> NDArray[np.bool_]:
+    """The train rows that the collaborative model was fitted to: what statistics may stand on."""
+    return ~held_out_rows(work.dataset.splits["train"], work.cf.config.held_out)
 
 
 def _ensure_adapter(work: Work, adapter: Path) -> None:
@@ -223,8 +237,7 @@ def _model(work: Work, mapper_config: MapperConfig | None) -> tuple[CoLLM, Mappe
         set_dropout(base.llm, True)
         return base.model("stage1", config), None
     set_dropout(base.llm, config.stage2_lora_dropout)
-    seen = ~held_out_rows(work.dataset.splits["train"], work.cf.config.held_out)
-    stats = statistics(mapper_config, work.dataset, seen)
+    stats = statistics(mapper_config, work.dataset, _seen(work))
     mapper = fresh_mapper(mapper_config, work.cf.dim, base.hidden_size, stats, config.seed)
     return base.model("stage2", config, work.cf, mapper, stats), mapper
 

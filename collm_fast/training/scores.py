@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from collm_fast.baselines import item_mean, item_user_mean
 from collm_fast.data.dataset import Dataset, Split
@@ -63,55 +63,10 @@ def _identity(dataset: Dataset, split: Split) -> dict[str, NDArray[Any]]:
     }
 
 
-def logistic_scores(train: ArrayLike, label: ArrayLike, test: ArrayLike, ridge: float = 1.0) -> NDArray[np.float64]:
-    """Logits of a ridge-regularised logistic regression on standardised columns, by Newton's method.
-
-        min_w  sum_i log(1 + exp(-(2 label_i - 1) (x_i w + b))) + ridge/2 |w|^2
-
-    Args:
-        train: [n, k] features; label: [n] 0 or 1; test: [m, k].
-    Returns: [m] float64.
-    Source: McCullagh and Nelder, Generalized Linear Models (1989), section 4.4.
-    """
-    x, y, z = np.asarray(train, np.float64), np.asarray(label, np.float64), np.asarray(test, np.float64)
-    mean, scale = x.mean(axis=0), x.std(axis=0)
-    scale = np.where(scale > 1e-9, scale, 1.0)
-    x = np.c_[(x - mean) / scale, np.ones(len(x))]
-    z = np.c_[(z - mean) / scale, np.ones(len(z))]
-    penalty = np.full(x.shape[1], ridge)
-    penalty[-1] = 1e-6  # the intercept is free, up to what keeps one class finite
-    weight = np.zeros(x.shape[1])
-    for _ in range(50):
-        p = sigmoid(x @ weight)
-        gradient = x.T @ (p - y) + penalty * weight
-        curvature = (x * np.maximum(p * (1 - p), 1e-9)[:, None]).T @ x + np.diag(penalty)
-        step = np.linalg.solve(curvature, gradient)
-        weight -= step
-        if np.abs(step).max() < 1e-9:
-            break
-    return np.asarray(z @ weight)
-
-
-def controls(
-    cf: CFModel, statistics: tuple[NDArray[Any], NDArray[Any]], train: Split, test: Split, *, seed: int
-) -> dict[str, dict[str, Any]]:
-    """How far a linear reading of the mapper's inputs gets without a language model, fitted to stage 2's rows.
-
-    Returns: {"what is read": the `all` metrics on the test rows}.
-    """
-    user, item = cf.user.numpy(), cf.item.numpy()
-
-    def features(split: Split, parts: str) -> NDArray[Any]:
-        u, i = user[split.uid], item[split.iid]
-        columns = {
-            "embedding": np.c_[u, i],
-            "pair": np.c_[u * i],
-            "statistics": np.c_[statistics[0][split.uid], statistics[1][split.iid]],
-        }
-        return np.concatenate([columns[part] for part in parts.split(", ")], axis=1)
-
-    tables = {}
-    for parts in ("embedding", "pair", "statistics", "statistics, pair"):
-        logits = logistic_scores(features(train, parts), train.label, features(test, parts), ridge=10.0)
-        tables[f"logistic regression on: {parts}"] = table_of(test, (logits, sigmoid(logits)), seed)["all"]
-    return tables
+def add_controls(folder: RunFolder, split: Split, found: dict[str, NDArray[np.float64]], *, seed: int) -> None:
+    """Put logits of further models without a language model beside the test rows' scores, and into run.json."""
+    path = folder.path / "predictions" / "test.parquet"
+    columns = read_table(path, ["uid"], "predictions")
+    write_table(path, {**columns, **{f"control:{name}": logits for name, logits in found.items()}})
+    tables = {name: table_of(split, (logits, sigmoid(logits)), seed)["all"] for name, logits in found.items()}
+    folder.update(controls=tables)
