@@ -21,8 +21,13 @@ Stage = Literal["lora", "cie", "both"]
 
 
 def _require(ok: bool, name: str, rule: str, value: object) -> None:
+    """`name` is the field's own; `from_mapping` puts the keys above it in front."""
     if not ok:
         raise ValueError(f"{name}: expected {rule}, got {value!r}")
+
+
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 2**63, "seed", "in [0, 2^63)", seed)
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class PrepareConfig:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.history_block >= 1, "prepare.history_block", "at least 1", self.history_block)
-        _require(0 <= self.max_bad_fraction < 1, "prepare.max_bad_fraction", "in [0, 1)", self.max_bad_fraction)
+        _require(self.history_block >= 1, "history_block", "at least 1", self.history_block)
+        _require(0 <= self.max_bad_fraction < 1, "max_bad_fraction", "in [0, 1)", self.max_bad_fraction)
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,15 @@ class CFConfig:
     seed: int = 2023
 
     def __post_init__(self) -> None:
-        _require(self.dim is None or self.dim >= 1, "cf.dim", "at least 1", self.dim)
-        _require(self.num_layers >= 0, "cf.num_layers", "at least 0", self.num_layers)
-        _require(0 <= self.held_out < 1, "cf.held_out", "in [0, 1)", self.held_out)
-        _require(self.batch_size >= 1, "cf.batch_size", "at least 1", self.batch_size)
-        _require(self.patience >= 1, "cf.patience", "at least 1", self.patience)
-        _require(self.max_epochs >= 1, "cf.max_epochs", "at least 1", self.max_epochs)
-        _require(self.lr is None or self.lr > 0, "cf.lr", "above 0", self.lr)
-        _require(self.weight_decay is None or self.weight_decay >= 0, "cf.weight_decay", ">= 0", self.weight_decay)
+        _require(self.dim is None or self.dim >= 1, "dim", "at least 1", self.dim)
+        _require(self.num_layers >= 0, "num_layers", "at least 0", self.num_layers)
+        _require(0 <= self.held_out < 1, "held_out", "in [0, 1)", self.held_out)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.patience >= 1, "patience", "at least 1", self.patience)
+        _require(self.max_epochs >= 1, "max_epochs", "at least 1", self.max_epochs)
+        _require(self.lr is None or self.lr > 0, "lr", "above 0", self.lr)
+        _require(self.weight_decay is None or self.weight_decay >= 0, "weight_decay", ">= 0", self.weight_decay)
+        _require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class PromptConfig:
     no: str = "No"
 
     def __post_init__(self) -> None:
-        _require(self.history_length >= 0, "prompt.history_length", "at least 0", self.history_length)
+        _require(self.history_length >= 0, "history_length", "at least 0", self.history_length)
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,10 @@ class LoraConfig:
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        _require(1 <= self.r <= 256, "lora.r", "in [1, 256]", self.r)
-        _require(0 <= self.dropout < 1, "lora.dropout", "in [0, 1)", self.dropout)
-        _require(len(self.target_modules) > 0, "lora.target_modules", "at least one module name", self.target_modules)
+        _require(1 <= self.r <= 256, "r", "in [1, 256]", self.r)
+        _require(self.alpha > 0, "alpha", "above 0", self.alpha)
+        _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        _require(len(self.target_modules) > 0, "target_modules", "at least one module name", self.target_modules)
 
 
 @dataclass(frozen=True)
@@ -122,8 +129,8 @@ class MapperConfig:
     inputs: MapperInput = "embedding"
 
     def __post_init__(self) -> None:
-        _require(self.hidden_factor >= 1, "mapper.hidden_factor", "at least 1", self.hidden_factor)
-        _require(self.tokens_per_id >= 1, "mapper.tokens_per_id", "at least 1", self.tokens_per_id)
+        _require(self.hidden_factor >= 1, "hidden_factor", "at least 1", self.hidden_factor)
+        _require(1 <= self.tokens_per_id <= 255, "tokens_per_id", "in [1, 255]", self.tokens_per_id)
 
 
 @dataclass(frozen=True)
@@ -142,12 +149,16 @@ class StageConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "stage.lr", "above 0", self.lr)
-        _require(0 <= self.min_lr <= self.lr, "stage.min_lr", "in [0, lr]", self.min_lr)
-        _require(self.batch_size >= 1, "stage.batch_size", "at least 1", self.batch_size)
-        _require(self.epochs > 0, "stage.epochs", "above 0", self.epochs)
-        _require(self.max_steps is None or self.max_steps >= 1, "stage.max_steps", "at least 1", self.max_steps)
-        _require(self.eval_every >= 1, "stage.eval_every", "at least 1", self.eval_every)
+        _require(self.lr > 0, "lr", "above 0", self.lr)
+        _require(0 <= self.min_lr <= self.lr, "min_lr", "in [0, lr]", self.min_lr)
+        _require(self.warmup_steps >= 0, "warmup_steps", "at least 0", self.warmup_steps)
+        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.epochs > 0, "epochs", "above 0", self.epochs)
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        _require(self.eval_every >= 1, "eval_every", "at least 1", self.eval_every)
+        _require(self.patience is None or self.patience >= 1, "patience", "at least 1 or none", self.patience)
+        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "above 0 or none", self.clip_norm)
 
 
 @dataclass(frozen=True)
@@ -190,6 +201,9 @@ class TrainConfig:
         for name in ("limit_train", "limit_valid", "limit_eval", "max_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
+        _require_seed(self.seed)
+        _require(self.checkpoint_minutes >= 0, "checkpoint_minutes", "at least 0", self.checkpoint_minutes)
+        _require(self.tokens_per_batch >= 1, "tokens_per_batch", "at least 1", self.tokens_per_batch)
         # A fitted model brings its own held-out fraction; run.py checks that one.
         _require(
             self.cie_rows == "all" or self.collaborative.held_out > 0 or self.cf not in get_args(CFName),
@@ -213,7 +227,10 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], prefix: str = "")
         if key not in known:
             raise ValueError(_unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
         built[key] = _convert(known[key], value, f"{prefix}{key}")
-    return cls(**built)
+    try:
+        return cls(**built)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

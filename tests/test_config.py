@@ -57,8 +57,18 @@ def test_text_values_take_the_declared_type():
         ({"trust_remote_code": "yes"}, "trust_remote_code: expected true|false, got 'yes'"),
         ({"ablations": 3}, "ablations: expected list of"),
         ({"out": ""}, "out: expected path, got ''"),
-        ({"stage1": {"batch_size": 0}}, "stage.batch_size: expected at least 1, got 0"),
+        ({"stage1": {"batch_size": 0}}, "stage1.batch_size: expected at least 1, got 0"),
         ({"cie_rows": "held-out"}, "cie_rows: expected held-out only with"),
+        ({"stage2": {"patience": 0}}, "stage2.patience: expected at least 1 or none, got 0"),
+        ({"stage1": {"clip_norm": 0}}, "stage1.clip_norm: expected above 0 or none, got 0.0"),
+        ({"stage1": {"warmup_steps": -1}}, "stage1.warmup_steps: expected at least 0, got -1"),
+        ({"stage2": {"weight_decay": -1e-3}}, "stage2.weight_decay: expected at least 0, got -0.001"),
+        ({"lora": {"alpha": 0}}, "lora.alpha: expected above 0, got 0.0"),
+        ({"mapper": {"tokens_per_id": 256}}, "mapper.tokens_per_id: expected in [1, 255], got 256"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch: expected at least 1, got 0"),
+        ({"checkpoint_minutes": -1}, "checkpoint_minutes: expected at least 0, got -1.0"),
+        ({"seed": -1}, "seed: expected in [0, 2^63), got -1"),
+        ({"collaborative": {"seed": 2**63}}, "collaborative.seed: expected in [0, 2^63), got 9223372036854775808"),
     ],
 )
 def test_bad_values_name_the_key_and_the_rule(values, message):
@@ -66,6 +76,18 @@ def test_bad_values_name_the_key_and_the_rule(values, message):
         from_mapping(TrainConfig, values)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_rule_names_the_key_that_was_typed():
+    with pytest.raises(ValueError, match=r"^batch_size: expected at least 1, got 0$"):
+        from_mapping(StageConfig, {"batch_size": 0})
+    with pytest.raises(ValueError, match=r"^stage2.min_lr: expected in \[0, lr\], got 1.0$"):
+        from_mapping(TrainConfig, {"stage2": {"min_lr": 1.0}})
+
+
+def test_none_switches_off_what_may_be_off():
+    stage = from_mapping(StageConfig, {"patience": "none", "clip_norm": None, "warmup_steps": 0, "weight_decay": 0})
+    assert stage.patience is None and stage.clip_norm is None and stage.warmup_steps == 0
 
 
 def test_a_fitted_model_may_bring_its_own_held_out_rows():

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from collm_fast.config import LoraConfig
+from collm_fast.config import LoraConfig, from_mapping
 from collm_fast.io.atomic import write_atomic
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -104,12 +104,13 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     for name in ("r", "lora_alpha"):
         if not isinstance(settings.get(name), int | float):
             raise ValueError(f"read_adapter_config: expected a number {name} in {path}, got {settings.get(name)!r}")
-    return LoraConfig(
-        r=int(settings["r"]),
-        alpha=float(settings["lora_alpha"]),
-        dropout=float(settings.get("lora_dropout") or 0.0),
-        target_modules=tuple(targets),
-    )
+    values = {
+        "r": settings["r"],
+        "alpha": settings["lora_alpha"],
+        "dropout": settings.get("lora_dropout") or 0.0,
+        "target_modules": targets,
+    }
+    return from_mapping(LoraConfig, values, f"{path}: ")
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:

@@ -134,7 +134,8 @@ def test_a_model_without_lora_layers(tmp_path: Path) -> None:
         ({"target_modules": "all-linear"}, "expected target_modules to be a list in .*, got 'all-linear'"),
         ({"r": None}, "expected a number r in .*, got None"),
         ({"lora_alpha": "16"}, "expected a number lora_alpha in .*, got '16'"),
-        ({"r": 0}, r"lora.r: expected in \[1, 256\], got 0"),
+        ({"r": 0}, r"adapter_config.json: r: expected in \[1, 256\], got 0"),
+        ({"lora_alpha": 0}, "adapter_config.json: alpha: expected above 0, got 0.0"),
     ],
 )
 def test_settings_that_are_not_served(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_errors() -> None:
         add_lora(model, LoraConfig())
     with pytest.raises(ValueError, match="expected base to be an nn.Linear, got LayerNorm"):
         LoraLinear(nn.LayerNorm(4), 8, 16, 0.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"lora.r: expected in \[1, 256\], got 0"):
+    with pytest.raises(ValueError, match=r"^r: expected in \[1, 256\], got 0"):
         LoraLinear(nn.Linear(4, 4), 0, 16, 0.0)
 
 
