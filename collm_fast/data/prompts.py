@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,11 +25,12 @@ from collm_fast.io.atomic import write_atomic
 
 __all__ = ["HISTORY", "TARGET", "TEXT", "USER", "PromptTemplate", "Prompts", "cached_tokenize", "tokenize"]
 
+log = logging.getLogger(__name__)
 TEXT, USER, HISTORY, TARGET = 0, 1, 2, 3
 _ROLES = {"<UserID>": USER, "<TargetItemID>": TARGET}
 # What the authors' code writes for an empty history, spelling included: the models were tuned on it.
 NO_HISTORY = "unkow"
-_FORMAT = "collm_fast prompts 1"
+_FORMAT = "collm_fast prompts 2"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Prompts:
         arrays = {
             f.name: np.ascontiguousarray(getattr(self, f.name)) for f in fields(self) if f.name != "tokens_per_id"
         }
-        metadata = {"format": _FORMAT, "tokens_per_id": str(self.tokens_per_id)}
+        # One key: safetensors writes several in an order of chance, and equal prompts should be equal files.
+        metadata = {"collm_fast": json.dumps({"format": _FORMAT, "tokens_per_id": self.tokens_per_id})}
         return write_atomic(path, lambda file: save_file(arrays, file, metadata))
 
     @classmethod
@@ -81,13 +84,13 @@ class Prompts:
 
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"Prompts.load: expected {_FORMAT!r} in {path}, got {metadata.get('format')!r}")
+                header = json.loads((file.metadata() or {}).get("collm_fast", "{}"))
+                if header.get("format") != _FORMAT:
+                    raise ValueError(f"Prompts.load: expected {_FORMAT!r} in {path}, got {header.get('format')!r}")
                 arrays = {f.name: file.get_tensor(f.name) for f in fields(cls) if f.name != "tokens_per_id"}
-        except (SafetensorError, FileNotFoundError) as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"Prompts.load: expected saved prompts in {path}, got {error}") from error
-        return cls(**arrays, tokens_per_id=int(metadata["tokens_per_id"]))
+        return cls(**arrays, tokens_per_id=header["tokens_per_id"])
 
 
 def tokenize(
@@ -105,7 +108,8 @@ def tokenize(
     joined by ", " ("unkow" when there are none), <ItemIDList> as many slots joined by ", ", <TargetItemTitle> the
     quoted title. An id takes `tokens_per_id` slots with "." between them. Titles are text only: tags and special tokens
     inside one are never seen as such; special tokens written in the template are. Text between two slots is tokenised
-    as one string, so the tokens are those of the whole prompt with a special token at each slot.
+    as one string, so the tokens are those of the whole prompt with a special token at each slot. Of several wordings
+    each (user, history) has one, whatever other rows are tokenised beside it.
 
     Args: tokenizer: a transformers tokenizer; its beginning-of-sequence token is added if it adds one itself.
     Raises: ValueError for an item id without a title or a negative history_length.
@@ -122,8 +126,9 @@ def tokenize(
     encoder = Encoder(tokenizer)
     rows = _Rows(encoder, titles, tokens_per_id)
     variants = [encoder.split_special(pieces) for pieces in template.variants]
+    wording = _wordings(split.uid, window, len(variants))
     for row in range(len(split)):
-        rows.write(variants[group[row] % len(variants)], int(split.uid[row]), int(split.iid[row]), window[row].tolist())
+        rows.write(variants[wording[row]], int(split.uid[row]), int(split.iid[row]), window[row].tolist())
     return rows.finish(split, group)
 
 
@@ -145,6 +150,14 @@ def _groups(uid: I64, window: I64) -> I64:
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     return rank[inverse.reshape(-1)]
+
+
+def _wordings(uid: I64, window: I64, count: int) -> list[int]:
+    """[n] which of `count` wordings a row has: a hash of its user and history, so that no other row matters."""
+    if count == 1:
+        return [0] * len(uid)
+    key = np.ascontiguousarray(np.concatenate([uid[:, None], window], axis=1), dtype="<i8")
+    return [int.from_bytes(hashlib.sha256(row[row > 0].tobytes()).digest()[:8], "little") % count for row in key]
 
 
 class _Rows:
@@ -257,7 +270,10 @@ def cached_tokenize(
     history_length: int,
     tokens_per_id: int = 1,
 ) -> Prompts:
-    """`tokenize`, or what an equal call left in `folder`: the file is named by a hash of all the tokens depend on."""
+    """`tokenize`, or what an equal call left in `folder`: the file is named by a hash of all the tokens depend on.
+
+    A file that cannot be read is replaced, with a warning.
+    """
     key = {
         "format": _FORMAT,
         "template": template.variants,
@@ -270,7 +286,10 @@ def cached_tokenize(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     file = Path(folder) / f"prompts-{name}.safetensors"
     if file.is_file():
-        return Prompts.load(file)
+        try:
+            return Prompts.load(file)
+        except ValueError as error:
+            log.warning("%s; tokenising again", error)
     prompts = tokenize(split, template, tokenizer, titles, history_length=history_length, tokens_per_id=tokens_per_id)
     prompts.save(file)
     return prompts

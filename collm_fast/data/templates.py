@@ -41,6 +41,11 @@ class PromptTemplate:
         """The pieces of the first wording."""
         return self.variants[0]
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The text of each wording after its last tag: what an answer follows."""
+        return tuple("" if pieces[-1] in TAGS else pieces[-1] for pieces in self.variants)
+
     @classmethod
     def parse(cls, text: str, *, stage: int) -> PromptTemplate:
         """One wording from its text.

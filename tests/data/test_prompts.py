@@ -185,20 +185,32 @@ def test_special_tokens_of_the_template_are_special():
         assert ids[:2].tolist() == [1, 1] and (ids[2:] == 2).sum() == 1 and (ids[2:] == 1).sum() == 0
 
 
-def test_several_wordings_stay_with_their_group(tokenizer: Any, tmp_path: Path):
+def test_several_wordings_stay_with_their_user_and_history_whatever_else_is_tokenised(tokenizer: Any, tmp_path: Path):
     file = tmp_path / "prompts.txt"
     one, two = "<UserID> a <TargetItemID>", "<UserID> bb <TargetItemID>"
     file.write_text(f"{one}\n\n{two}\r\n{one}")
     template = PromptTemplate.load(f"@{file}", "movie", stage=2)
     assert template.variants == (("<UserID>", " a ", "<TargetItemID>"), ("<UserID>", " bb ", "<TargetItemID>"))
     assert template.pieces == template.variants[0]
-    split = split_of([1, 1, 2, 3, 2], [1, 2, 3, 4, 5], [[]] * 5)
+    users, histories = [1, 1, 2, 2, 3, 4, 5, 6, 7, 8], [[], [], [], [3], [], [], [1], [], [2, 3], []]
+    split = split_of(users, [1, 2, 3, 4, 5, 6, 7, 1, 2, 3], histories)
     prompts = tokenize(split, template, tokenizer, NASTY, history_length=3)
-    expected = [
+    by_wording = [
         tokenize(split, PromptTemplate.parse(t, stage=2), tokenizer, NASTY, history_length=3) for t in (one, two)
     ]
-    for row, variant in enumerate([0, 0, 1, 0, 1]):
-        np.testing.assert_array_equal(row_of(prompts, row)[0], row_of(expected[variant], row)[0])
+    chosen = []
+    for row in range(len(split)):
+        ids, _ = row_of(prompts, row)
+        chosen.append([np.array_equal(ids, row_of(other, row)[0]) for other in by_wording].index(True))
+        alone = tokenize(split.take([row]), template, tokenizer, NASTY, history_length=5)
+        np.testing.assert_array_equal(row_of(alone, 0)[0], ids)
+    assert set(chosen) == {0, 1} and chosen[0] == chosen[1]
+
+
+def test_the_ends_of_several_wordings(tmp_path: Path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("<UserID> <TargetItemID> Answer:\n<TargetItemID> for <UserID>\n")
+    assert PromptTemplate.load(f"@{file}", "movie", stage=2).ends == (" Answer:", "")
 
 
 @requires("data")
@@ -283,12 +295,25 @@ def test_save_load_and_cache(tokenizer: Any, tmp_path: Path, monkeypatch: pytest
     assert equal(prompts, cached())
 
 
+def test_a_damaged_cache_file_is_replaced(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    template = PromptTemplate.load(None, "movie", stage=2)
+    arguments = tmp_path, PLAIN, template, tokenizer, NASTY
+    prompts = cached_tokenize(*arguments, history_length=3)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with caplog.at_level("WARNING"):
+        assert equal(prompts, cached_tokenize(*arguments, history_length=3))
+    assert f"expected saved prompts in {file}" in caplog.text and "tokenising again" in caplog.text
+    assert file.read_bytes() == whole
+
+
 def test_files_that_are_no_prompts(tmp_path: Path):
     from safetensors.numpy import save_file
 
     save_file({"a": np.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match="expected 'collm_fast prompts 1' in .*other.safetensors, got None"):
+    with pytest.raises(ValueError, match="expected 'collm_fast prompts 2' in .*other.safetensors, got None"):
         Prompts.load(tmp_path / "other.safetensors")
     for name in ("broken.safetensors", "nowhere.safetensors"):
         with pytest.raises(ValueError, match=f"expected saved prompts in .*{name}"):
