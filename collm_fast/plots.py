@@ -135,7 +135,7 @@ def calibration_plot(rows: Mapping[str, Scored], bins: int = 10) -> bytes:
 
 def interactions_plot(rows: Mapping[str, Scored]) -> bytes:
     """AUC by the number of training rows of the user, and of the item."""
-    figure = Figure(figsize=(9.6, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9.6, 4.6), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, what in zip(panels, ("user", "item"), strict=True):
         names: list[str] = []
@@ -151,7 +151,8 @@ def interactions_plot(rows: Mapping[str, Scored]) -> bytes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("AUC")
-    panels[0].legend(frameon=False, fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False, fontsize=8)
     return _png(figure)
 
 

@@ -97,8 +97,8 @@ def train_stage(
 ) -> LoopResult:
     """Train `parameters` for `total` steps, or until the validation AUC stops rising, and keep the best state.
 
-    Evaluates at step 0, every `eval_every` steps and at the end; saves a checkpoint at each of these, every
-    `checkpoint_minutes` and when asked to stop.
+    Evaluates at step 0 (a state that is never kept), every `eval_every` steps and at the end; saves a checkpoint at
+    each of these, every `checkpoint_minutes` and when asked to stop.
 
     Raises:
         ValueError for a validation sample of one class.

@@ -50,7 +50,8 @@ class StageState:
         self.history.eval_step.append(self.step)
         self.history.valid_auc.append(auc)
         self.waited += 1
-        if auc > self.best_auc:
+        # An untrained state is measured, never kept: a row of the table would show what no step was taken for.
+        if auc > self.best_auc or self.best_step == 0:
             self.best_auc, self.best_step, self.waited = auc, self.step, 0
             self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
             self.best_logits = torch.from_numpy(logits.copy())
