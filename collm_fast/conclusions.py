@@ -118,6 +118,17 @@ def stage_drop(record: Mapping[str, Any], row: str) -> str | None:
     )
 
 
+def no_gain(record: Mapping[str, Any], row: str) -> str | None:
+    """A sentence where training did not raise the validation AUC, else None."""
+    stage = record.get(row)
+    if not stage or stage["best_auc"] > stage["first_auc"]:
+        return None
+    return (
+        f"Training did not raise the validation AUC of {row_name(row)}: {stage['first_auc']:.3f} before the first step, "
+        f"{stage['best_auc']:.3f} in the kept state."
+    )
+
+
 def conclusions(
     metrics: Mapping[str, Any],
     stages: Mapping[str, Any],
@@ -135,7 +146,7 @@ def conclusions(
         for other in (other for other in others if other in scores):
             sentences.append(compare(row, other, auc_difference(user, scores[row], scores[other], label)))
         drop = stage_drop(stages, row) if row != "stage1" else None
-        sentences += [drop] if drop else []
+        sentences += [sentence for sentence in (no_gain(stages, row), drop) if sentence]
     return sentences
 
 

@@ -58,7 +58,7 @@ def make_run(path, rows=("item_mean", "item_user_mean", "cf", "stage1", "stage2"
         cf={"name": "mf"},
         rows={"test": 480, "test_all": 900, "valid": 480, "valid_all": 500, "stage2_rule": "rows it did not see"},
         stages={
-            "stage1": {**stage, "best_auc": 0.7},
+            "stage1": {**stage, "best_auc": 0.7, "first_auc": 0.71},
             "stage2": {**stage, "best_auc": 0.6, "inputs": "embedding"},
         },
         prompt_examples={"stage1": "```\n<script>alert(1)</script>\x07"},
@@ -96,6 +96,7 @@ def test_report_files_are_whole_and_self_contained(tmp_path):
         assert wanted in text, wanted
     assert any("ends below stage 1 in validation AUC: 0.600 against 0.700" in sentence for sentence in sentences)
     assert any("a logistic regression on the same inputs" in sentence for sentence in sentences)
+    assert any("did not raise the validation AUC of stage 1 (text only): 0.710 before" in text for text in sentences)
     assert folder.record["conclusions"] == sentences
 
 
