@@ -102,6 +102,18 @@ def test_the_file_gives_the_same_model_back(tmp_path, bias):
         assert (again.score([1, 2], [2, 1]) == frozen.score([1, 2], [2, 1])).all()
 
 
+def test_equal_models_are_equal_files(tmp_path):
+    frozen = CFModel("mf", CFConfig(), *model_of("mf", bias=True).tables(), offset=0.1)
+    files = {frozen.save(tmp_path / str(nth)).read_bytes() for nth in range(16)}
+    assert len(files) == 1 and CFModel.load(tmp_path / "0").offset == 0.1
+
+
+def test_only_a_model_of_the_label_s_rate_gives_probabilities():
+    tables = model_of("mf").tables()
+    assert CFModel("mf", CFConfig(loss="bce"), *tables).calibrated
+    assert not CFModel("mf", CFConfig(loss="bpr"), *tables).calibrated
+
+
 def test_many_pairs_are_scored_in_blocks():
     frozen = CFModel("mf", CFConfig(), *model_of("mf").tables())
     rng = np.random.default_rng(0)
@@ -132,6 +144,10 @@ def test_errors_of_the_frozen_model(tmp_path):
         CFModel.load(path)
     from safetensors.torch import save_file
 
-    save_file({"user": user}, path, metadata={"format": "1", "config": json.dumps({})})
-    with pytest.raises(ValueError, match="CFModel.load: expected a collaborative model of format 1, got "):
+    save_file({"user": user}, path, metadata={"collm_fast": json.dumps({"format": 2, "config": {}})})
+    with pytest.raises(ValueError, match="CFModel.load: expected a collaborative model of format 2, got "):
+        CFModel.load(path)
+    header = {"format": 2, "name": "mf", "config": {"dim": 0}, "offset": 0.0, "fingerprint": ""}
+    save_file({"user": user, "item": item}, path, metadata={"collm_fast": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"cf.safetensors: dim: expected at least 1, got 0"):
         CFModel.load(path)

@@ -18,7 +18,7 @@ from collm_fast.config import CFConfig, from_mapping, to_mapping
 from collm_fast.io.atomic import write_atomic
 
 FILE = "cf.safetensors"
-FORMAT = "1"
+FORMAT = 2
 # Pairs scored at once: two gathered blocks of 16 MB at 256 dimensions.
 _CHUNK = 16384
 
@@ -58,6 +58,11 @@ class CFModel:
         """D, the width of both tables."""
         return int(self.user.shape[1])
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether sigmoid(score) is a probability: a model fitted with bpr only ranks a user's items."""
+        return self.config.loss == "bce"
+
     @torch.no_grad()
     def score(self, uid: ArrayLike, iid: ArrayLike) -> NDArray[np.float32]:
         """Logits [n] float32 of pairs of our ids [n].
@@ -80,13 +85,15 @@ class CFModel:
         """Write folder/cf.safetensors, atomically; returns its path."""
         from safetensors.torch import save_file
 
-        metadata = {
+        header = {
             "format": FORMAT,
             "name": self.name,
-            "config": json.dumps(to_mapping(self.config)),
-            "offset": repr(self.offset),
+            "config": to_mapping(self.config),
+            "offset": self.offset,
             "fingerprint": self.fingerprint,
         }
+        # One key: safetensors writes several in an order of chance, and equal models should be equal files.
+        metadata = {"collm_fast": json.dumps(header, sort_keys=True)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
         return write_atomic(Path(folder) / FILE, lambda path: save_file(tensors, path, metadata=metadata))
 
@@ -103,22 +110,22 @@ class CFModel:
             raise ValueError(f"CFModel.load: expected {FILE} or a folder with it, got {path}")
         try:
             with safe_open(str(file), framework="pt") as stored:
-                metadata = stored.metadata() or {}
+                header = json.loads((stored.metadata() or {}).get("collm_fast", "{}"))
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"CFModel.load: expected a safetensors file, got {file}: {error}") from error
         keys = {"format", "name", "config", "offset", "fingerprint"}
-        if metadata.get("format") != FORMAT or not keys <= metadata.keys() or not {"user", "item"} <= tensors.keys():
+        if header.get("format") != FORMAT or not keys <= header.keys() or not {"user", "item"} <= tensors.keys():
             raise ValueError(f"CFModel.load: expected a collaborative model of format {FORMAT}, got {file}")
         return cls(
-            name=metadata["name"],
-            config=from_mapping(CFConfig, json.loads(metadata["config"])),
+            name=header["name"],
+            config=from_mapping(CFConfig, header["config"], f"{file}: "),
             user=tensors["user"],
             item=tensors["item"],
             user_bias=tensors.get("user_bias"),
             item_bias=tensors.get("item_bias"),
-            offset=float(metadata["offset"]),
-            fingerprint=metadata["fingerprint"],
+            offset=header["offset"],
+            fingerprint=header["fingerprint"],
         )
 
     def _tensors(self) -> dict[str, Tensor]:
