@@ -35,6 +35,9 @@ def write_table(path: Path, columns: Mapping[str, NDArray[Any] | Sequence[Any]])
 def read_table(path: Path, needed: Sequence[str], what: str) -> dict[str, NDArray[Any]]:
     """Every column of a CSV or Parquet file as an array; `what` names the option in messages.
 
+    Needed columns hold ids: of a CSV file they are text without the spaces around it, so `007` stays `007`. Other
+    columns have the type that Arrow finds.
+
     Raises: ValueError naming the file for one that cannot be read, a missing column, an empty table, or a missing
     value in a needed column with its row.
     """
@@ -46,7 +49,7 @@ def read_table(path: Path, needed: Sequence[str], what: str) -> dict[str, NDArra
     if not path.is_file():
         raise ValueError(f"{what}: expected a file, got {path}, which does not exist")
     try:
-        table = pa.parquet.read_table(path) if path.suffix == ".parquet" else pa.csv.read_csv(path)
+        table = pa.parquet.read_table(path) if path.suffix == ".parquet" else _read_csv(path, needed)
     except (pa.ArrowException, OSError) as error:
         kind = "Parquet" if path.suffix == ".parquet" else "CSV"
         raise ValueError(f"{what}: expected {kind} in {path}, got {str(error).splitlines()[0]}") from error
@@ -60,3 +63,18 @@ def read_table(path: Path, needed: Sequence[str], what: str) -> dict[str, NDArra
     if table.num_rows == 0:
         raise ValueError(f"{what}: expected at least one row in {path}, got none")
     return {name: table.column(name).to_numpy() for name in table.column_names}
+
+
+def _read_csv(path: Path, as_text: Sequence[str]) -> Any:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv
+
+    # Only an empty field is a missing id: "NA" may be one.
+    types = dict.fromkeys(as_text, pa.string())
+    convert = pa.csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True)
+    table = pa.csv.read_csv(path, convert_options=convert)
+    for place, name in enumerate(table.column_names):
+        if name in types:
+            table = table.set_column(place, name, pc.utf8_trim_whitespace(table.column(place)))
+    return table

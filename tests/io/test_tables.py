@@ -13,8 +13,19 @@ def test_round_trip(tmp_path, suffix):
     path = tmp_path / f"t{suffix}"
     write_table(path, {"user": np.array([3, 1]), "item": ["a", "b,c"], "score": np.array([0.5, 0.25])})
     read = read_table(path, ["user", "item"], "pairs")
-    assert read["user"].tolist() == [3, 1] and read["item"].tolist() == ["a", "b,c"]
+    assert read["user"].tolist() == ([3, 1] if suffix == ".parquet" else ["3", "1"]) and read["item"].tolist() == [
+        "a",
+        "b,c",
+    ]
     assert read["score"].tolist() == [0.5, 0.25]
+
+
+def test_ids_of_a_csv_file_stay_text(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("user,item,score\n007,1e3,0.5\n 12 ,NA,2\n")
+    read = read_table(path, ["user", "item"], "pairs")
+    assert read["user"].tolist() == ["007", "12"] and read["item"].tolist() == ["1e3", "NA"]
+    assert read["score"].tolist() == [0.5, 2.0]
 
 
 @pytest.mark.parametrize(
