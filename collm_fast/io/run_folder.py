@@ -10,6 +10,7 @@ fingerprints, finished stages). Contents are made elsewhere. Floor F1.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,25 @@ class RunFolder:
         return value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans; yes, no, on and off are text, as in `loss: yes`."""
+
+
+_BOOLEAN = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOLEAN, re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file; yes, no, on and off are text.
 
     Raises: ValueError naming the file, and the line where it is no YAML.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise ValueError(f"{path}: expected a readable file, got {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

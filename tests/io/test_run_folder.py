@@ -74,6 +74,16 @@ def test_bad_yaml_is_named(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_yes_and_no_are_text_and_true_is_a_boolean(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("loss: yes\nprompt: {yes: Yes, no: No, on: off}\nbias: true\ntitle: trueish\nfresh: FALSE\n")
+    expected = {"loss": "yes", "prompt": {"yes": "Yes", "no": "No", "on": "off"}, "bias": True, "title": "trueish"}
+    assert read_yaml(path) == {**expected, "fresh": False}
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(expected)
+    assert folder.config() == expected
+
+
 def test_empty_yaml_is_an_empty_mapping(tmp_path):
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert read_yaml(tmp_path / "c.yaml") == {}
