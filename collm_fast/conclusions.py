@@ -124,8 +124,8 @@ def no_gain(record: Mapping[str, Any], row: str) -> str | None:
     if not stage or stage["best_auc"] > stage["first_auc"]:
         return None
     return (
-        f"Training did not raise the validation AUC of {row_name(row)}: {stage['first_auc']:.3f} before the first step, "
-        f"{stage['best_auc']:.3f} in the kept state."
+        f"Training did not raise the validation AUC of {row_name(row)}: {stage['first_auc']:.3f} before the first "
+        f"step, {stage['best_auc']:.3f} in the kept state."
     )
 
 
