@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -17,18 +19,31 @@ from typing import Any
 
 import torch
 
+from collm_fast.data.encoding import Encoder
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Changes when the same GGUF file would be converted to something else.
 _GGUF_FORMAT = 1
 # Elements of each tensor that `fingerprint` reads.
 _SAMPLED = 4096
+# Entries of a configuration that change no output, or that the tensors' own dtypes tell.
+_INCIDENTAL = ("transformers_version", "architectures", "dtype", "use_cache", "initializer_range", "attention_dropout")
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """The device that runs the model: `auto` is the first CUDA device where there is one, else the CPU."""
+    """The device that runs the model: `auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises: ValueError for a name that is none of auto, cpu, cuda and cuda:N, or a CUDA device that is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {device!r}")
+    place = torch.device(device)
+    count = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= count:
+        raise ValueError(f"device: expected one of the {count} CUDA devices that torch sees, got {device!r}")
+    return place
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
@@ -264,12 +279,15 @@ def answer_ids(tokenizer: Any, end: str, yes: str, no: str) -> tuple[int, int]:
     return ids
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A hash that tells models apart: of every tensor's name, shape, dtype and up to 4096 evenly spaced elements.
+def fingerprint(model: Any, tokenizer: Any) -> str:
+    """A hash that tells language models apart, as a run sees them: weights, configuration and tokenizer.
 
-    Reads a sample, so that a 7B model takes a second; two models that differ in a few unsampled elements look alike.
+    Of every tensor it takes name, shape, dtype and up to 4096 evenly spaced elements, so that a 7B model takes a
+    second; two models that differ in a few unsampled elements look alike. Of the configuration it takes what differs
+    from its class's defaults: the entries that a later transformers adds leave the hash as it is.
 
-    Returns: 32 hexadecimal digits. Source: the model's state_dict, adapters included.
+    Args: model, tokenizer: as `load_llm` gives them; adapters in the model count.
+    Returns: 32 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -278,4 +296,15 @@ def fingerprint(model: torch.nn.Module) -> str:
         sample = flat[::step].contiguous().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+    digest.update(json.dumps(_own_settings(model.config), sort_keys=True, default=str).encode())
+    digest.update(Encoder(tokenizer).fingerprint.encode())
     return digest.hexdigest()[:32]
+
+
+def _own_settings(config: Any) -> dict[str, Any]:
+    defaults = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if not name.startswith("_") and name not in _INCIDENTAL and value != defaults.get(name)
+    }

@@ -76,7 +76,7 @@ class Base:
             name: answer_ids(tokenizer, _end(template), config.prompt.yes, config.prompt.no)
             for name, template in templates.items()
         }
-        return cls(llm, tokenizer, device, dtype, fingerprint(llm), templates, answers)
+        return cls(llm, tokenizer, device, dtype, fingerprint(llm, tokenizer), templates, answers)
 
     def model(
         self,

@@ -62,6 +62,22 @@ def test_device() -> None:
     assert llm.resolve_device("cpu").type == "cpu"
 
 
+@pytest.mark.parametrize("name", ["foo", "", "meta", "cuda:x", "cpu:0"])
+def test_a_device_of_no_kind_is_one_line(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^device: expected auto, cpu, cuda or cuda:N, got '{name}'$"):
+        llm.resolve_device(name)
+
+
+def test_a_cuda_device_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="^device: expected one of the 0 CUDA devices that torch sees, got 'cuda'$"):
+        llm.resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert llm.resolve_device("cuda:1") == torch.device("cuda:1") and llm.resolve_device("cuda").index is None
+    with pytest.raises(ValueError, match="got 'cuda:2'"):
+        llm.resolve_device("cuda:2")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -186,11 +202,32 @@ def test_answers_are_the_tokens_after_the_prompt() -> None:
 
 
 def test_fingerprints_tell_models_and_adapters_apart() -> None:
+    words = small_tokenizer()
     a, b = small_model("llama", seed=1), small_model("llama", seed=1)
-    assert llm.fingerprint(a) == llm.fingerprint(b)
+    assert llm.fingerprint(a, words) == llm.fingerprint(b, small_tokenizer())
     b.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1e-3
-    assert llm.fingerprint(a) != llm.fingerprint(b)
-    assert llm.fingerprint(a) != llm.fingerprint(a.bfloat16())
+    assert llm.fingerprint(a, words) != llm.fingerprint(b, words)
+    assert llm.fingerprint(a, words) != llm.fingerprint(a.bfloat16(), words)
+
+
+def test_fingerprints_tell_configurations_and_tokenizers_apart(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    words = small_tokenizer()
+    model = small_model("llama", seed=1)
+    first = llm.fingerprint(model, words)
+    model.save_pretrained(tmp_path)
+    # The same weights, and the same again with another rotation.
+    assert llm.fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), words) == first
+    model.config.use_cache = not model.config.use_cache
+    model.config.some_entry_of_a_later_version = None
+    assert llm.fingerprint(model, words) == first
+    rotated = json.loads((tmp_path / "config.json").read_text())
+    rotated["rope_parameters"]["rope_theta"] = 500.0
+    (tmp_path / "config.json").write_text(json.dumps(rotated))
+    assert llm.fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), words) != first
+    words.add_tokens(["<new>"])
+    assert llm.fingerprint(model, words) != first
 
 
 def write_gguf(path: Path, model: Any, tokenizer: Any) -> None:
