@@ -94,16 +94,14 @@ class CMakeBuild(build_ext):
         subprocess.check_call([cmake, "--build", str(build), "--parallel", jobs])
         target = ROOT / "collm_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "collm_fast"
         install = [cmake, "--install", str(build), "--prefix", str(target), "--component", "collm_fast"]
-        subprocess.check_call([*install, *([] if COLLM_KEEP_SYMBOLS else ["--strip"])])
+        # A sanitizer's reports need the symbols.
+        subprocess.check_call([*install, *([] if settings["COLLM_FAST_SANITIZE"] else ["--strip"])])
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in (Path(self.build_lib) / "collm_fast").glob("*.so")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
-
-
-COLLM_KEEP_SYMBOLS = bool(os.environ.get("COLLM_FAST_SANITIZE"))
 
 
 def native() -> bool:
@@ -126,7 +124,7 @@ COMPILE = native()
 setup(
     packages=[*find_packages(include=["collm_fast", "collm_fast.*"]), "collm_fast.kernels"],
     package_dir={"collm_fast.kernels": "kernels"},
-    # The name is what wheels and editable installs call _C; CMake decides which files exist.
+    # setuptools needs one name to know that there is something to compile; CMake knows the sources.
     ext_modules=[Extension("collm_fast._C", sources=[])] if COMPILE else [],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=tool_requirements() if COMPILE else [],
