@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,34 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from collm_fast import metrics
-from collm_fast.data.dataset import Split
 from collm_fast.data.packing import batches, pack
 from collm_fast.data.prompts import Prompts
 from collm_fast.models.collm import CoLLM
 
-# The definitions of a warm row in use. The first is the paper's and the default of every report.
-WarmRule = Literal["not_cold", "at_least_3", "more_than_3"]
-WARM_RULES: dict[WarmRule, str] = {
-    "not_cold": "user and item both occur in the train rows (the split's own mark)",
-    "at_least_3": "user and item both have at least 3 train rows",
-    "more_than_3": "user and item both have more than 3 train rows",
-}
 BOOTSTRAP_SAMPLES = 1000
-
-
-def warm_rows(train: Split, split: Split, rule: WarmRule = "not_cold") -> NDArray[np.bool_]:
-    """[n] true for the rows of `split` that are warm under one of `WARM_RULES`.
-
-    Raises: ValueError for an unknown rule.
-    """
-    if rule not in WARM_RULES:
-        raise ValueError(f"warm_rows: expected rule to be one of {', '.join(WARM_RULES)}, got {rule!r}")
-    if rule == "not_cold":
-        return np.asarray(split.not_cold, dtype=bool)
-    least = 3 if rule == "at_least_3" else 4
-    users = np.bincount(train.uid, minlength=int(split.uid.max(initial=0)) + 1)
-    items = np.bincount(train.iid, minlength=int(split.iid.max(initial=0)) + 1)
-    return np.asarray((users[split.uid] >= least) & (items[split.iid] >= least))
 
 
 @torch.no_grad()
@@ -98,7 +74,7 @@ def metric_table(
         score:       [n] float, finite; ranks the rows.
         probability: [n] float in [0, 1] for the log loss; None where the model has none.
         label:       [n] 0 or 1.
-        warm:        [n] bool; see `warm_rows`.
+        warm:        [n] bool; see `data.warm_mask`.
         seed:        of the user bootstrap.
     Returns: {"all" | "warm" | "cold": {"auc", "auc_low", "auc_high", "uauc", "uauc_low", "uauc_high",
         "users_counted", "ndcg", "log_loss", "rows"}}; None where a value does not exist. The intervals are 95 %

@@ -10,7 +10,7 @@ from conftest import data_folder, requires
 from collm_fast import metrics
 from collm_fast.baselines import item_mean, item_user_mean
 from collm_fast.data.dataset import Split
-from collm_fast.evaluate import WARM_RULES, metric_table, warm_rows
+from collm_fast.evaluate import metric_table
 
 
 def split_of(uid, iid, label, not_cold=None) -> Split:
@@ -50,17 +50,6 @@ def test_one_class_stays_finite():
 def test_an_empty_train_split_is_an_error(baseline):
     with pytest.raises(ValueError, match=f"{baseline.__name__}: expected rows in train, got none"):
         baseline(split_of([], [], []), TRAIN)
-
-
-def test_warm_rules():
-    train = split_of([1] * 4 + [2] * 3, [1] * 4 + [2] * 3, [1] * 7)
-    split = split_of([1, 2, 1, 9], [1, 2, 2, 9], [1, 0, 1, 0], not_cold=[1, 1, 1, 0])
-    assert warm_rows(train, split).tolist() == [True, True, True, False]
-    assert warm_rows(train, split, "at_least_3").tolist() == [True, True, True, False]
-    assert warm_rows(train, split, "more_than_3").tolist() == [True, False, False, False]
-    assert set(WARM_RULES) == {"not_cold", "at_least_3", "more_than_3"}
-    with pytest.raises(ValueError, match="warm_rows: expected rule to be one of not_cold, .*, got 'hot'"):
-        warm_rows(train, split, "hot")
 
 
 def test_metric_table_has_the_contract_s_keys_and_null_instead_of_nan():

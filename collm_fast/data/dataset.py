@@ -102,11 +102,12 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the splits and the titles; models and caches made from this dataset carry it."""
+        """sha256 over the splits, titles and raw ids; models and caches made from this dataset carry it."""
         digest = hashlib.sha256(f"{FORMAT}:{self.num_users}:{self.num_items};".encode())
         for name in SPLITS:
             digest.update(self.splits[name].fingerprint.encode())
-        digest.update(json.dumps(self.titles).encode())
+        for texts in (self.titles, self.raw_users.tolist(), self.raw_items.tolist()):
+            digest.update(json.dumps(texts).encode())
         return digest.hexdigest()
 
 

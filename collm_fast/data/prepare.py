@@ -6,7 +6,7 @@ Formats live in data/readers, the rules in data/splits.py and data/history.py, t
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,17 @@ from collm_fast.data.splits import ML1M_MONTHS, WARM_RULES, by_user, calendar_mo
 log = logging.getLogger(__name__)
 ODD_ROW = "an odd row goes to test and to valid for every other user in turn"
 
+_RAW = ("ml-100k", "ml-1m", "recbole", "table")  # the sources that prepare labels and splits itself
+# The options that only these sources read; with another one they would change nothing.
+_READ_BY = {
+    "like_threshold": _RAW,
+    "history_block": _RAW,
+    "max_bad_fraction": _RAW,
+    "allow_pickle": ("collm",),
+    **dict.fromkeys(("user_column", "item_column", "rating_column", "timestamp_column"), ("recbole", "table")),
+    **dict.fromkeys(("title_column", "items"), ("table",)),
+}
+
 
 def prepare(config: PrepareConfig) -> Dataset:
     """Read `config.input` as `config.source`, split it, write the folder `config.out` in one rename and load it.
@@ -32,13 +43,14 @@ def prepare(config: PrepareConfig) -> Dataset:
     A label is 1 where rating >= like_threshold. Rows are sorted by (user, time), ties in the file's order; ids are
     numbered from 1 in that order, 0 is padding. Histories hold liked items only (data/history.py).
 
-    Raises: ValueError, one line, for bad input (file, row and rule), an empty split, or an `out` that already holds
-    something; nothing is left behind then.
+    Raises: ValueError, one line, for bad input (file, row and rule), an option that the source does not read, an empty
+    split, or an `out` that already holds something; nothing is left behind then.
     """
     check_out(config.out)
     if config.source == "amazon":
         known = "ml-100k, ml-1m, collm, recbole or table"
         raise ValueError(f"prepare: expected source {known}, got 'amazon', which a later version reads")
+    _check_options(config)
     contents, meta = _published(config) if config.source == "collm" else _split_raw(config)
     for name in SPLITS:
         if len(contents.splits[name]) == 0:
@@ -48,6 +60,22 @@ def prepare(config: PrepareConfig) -> Dataset:
     log.info("wrote %s: %s", config.out, meta["counts"])
     del contents  # the histories of a large data set need not be in memory twice
     return load_dataset(config.out)
+
+
+def _check_options(config: PrepareConfig) -> None:
+    given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    for name, sources in _READ_BY.items():
+        if name in given and config.source not in sources:
+            rule = f"--{name} only with source {' or '.join(sources)}"
+            raise ValueError(f"prepare: expected {rule}, got {given[name]!r} with {config.source!r}")
+    if "history_block" in given and _rules(config)[1] != "block":
+        raise ValueError(f"prepare: expected --history_block only with --history block, got {config.history_block}")
+
+
+def _rules(config: PrepareConfig) -> tuple[str, str]:
+    """The split rule and the history rule of a source that prepare splits itself."""
+    split = config.split or ("calendar" if config.source == "ml-1m" else "user")
+    return split, config.history or ("block" if split == "user" else "row")
 
 
 def _why_empty(meta: dict[str, Any]) -> str:
@@ -86,7 +114,7 @@ def _split_raw(config: PrepareConfig) -> tuple[Contents, dict[str, Any]]:
     uid, raw_users = number_ids(raw.user)
     iid, raw_items = number_ids(raw.item)
     label = (raw.rating >= config.like_threshold).astype(np.int64)
-    blocks, history_meta = _apply_history(config, split_meta["rule"], uid, split)
+    blocks, history_meta = _apply_history(config, uid, split)
     warm = not_cold(uid, iid, split)
     splits, order_of_splits = {}, []
     for part, name in enumerate(SPLITS):
@@ -118,7 +146,7 @@ def _reorder(raw: RawData, order: I64) -> RawData:
 
 
 def _apply_split(config: PrepareConfig, raw: RawData) -> tuple[NDArray[np.int8], dict[str, Any]]:
-    rule = config.split or ("calendar" if config.source == "ml-1m" else "user")
+    rule, _ = _rules(config)
     if rule == "user":
         return by_user(raw.user), {
             "rule": rule,
@@ -132,10 +160,8 @@ def _apply_split(config: PrepareConfig, raw: RawData) -> tuple[NDArray[np.int8],
     return calendar_quantiles(raw.timestamp), {"rule": rule, "text": text}
 
 
-def _apply_history(
-    config: PrepareConfig, split_rule: str, uid: I64, split: NDArray[np.int8]
-) -> tuple[I64, dict[str, Any]]:
-    rule = config.history or ("block" if split_rule == "user" else "row")
+def _apply_history(config: PrepareConfig, uid: I64, split: NDArray[np.int8]) -> tuple[I64, dict[str, Any]]:
+    _, rule = _rules(config)
     if rule == "row":
         return row_blocks(uid), {"rule": rule, "text": "everything liked in the user's earlier rows, across the splits"}
     text = (

@@ -12,11 +12,12 @@ from collm_fast.data.ragged import I64
 if TYPE_CHECKING:
     from collm_fast.data.dataset import Dataset
 
-WarmRule = Literal["not_cold", "three", "over_three"]
-WARM_RULES: dict[str, str] = {
-    "not_cold": "user and item both occur in train",
-    "three": "user and item both have at least 3 interactions in train",
-    "over_three": "user and item both have more than 3 interactions in train",
+WarmRule = Literal["not_cold", "at_least_3", "more_than_3"]
+# The definitions of a warm row in use. The first is the paper's and the default of every report.
+WARM_RULES: dict[WarmRule, str] = {
+    "not_cold": "user and item both occur in the train rows (the split's own mark)",
+    "at_least_3": "user and item both have at least 3 train rows",
+    "more_than_3": "user and item both have more than 3 train rows",
 }
 # The months (0 is the first month of the data) of the paper's MovieLens-1M split: train, valid, test.
 ML1M_MONTHS = ((14, 23), (24, 28), (29, 33))
@@ -90,7 +91,7 @@ def warm_mask(dataset: Dataset, split: str, rule: WarmRule = "not_cold") -> NDAr
         return rows.not_cold
     if rule not in WARM_RULES:
         raise ValueError(f"warm_mask: expected a rule of {', '.join(WARM_RULES)}, got {rule!r}")
-    least = 3 if rule == "three" else 4
+    least = 3 if rule == "at_least_3" else 4
     users = np.bincount(train.uid, minlength=dataset.num_users)
     items = np.bincount(train.iid, minlength=dataset.num_items)
     return (users[rows.uid] >= least) & (items[rows.iid] >= least)

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 import types
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from collm_fast.data.history import histories, row_blocks
 from collm_fast.data.prepare import number_ids
 from collm_fast.data.readers.published import guess_domain, read_published
 from collm_fast.data.readers.unpickle import read_frame
-from collm_fast.data.splits import not_cold
+from collm_fast.data.splits import WARM_RULES, not_cold
 
 HERE = Path(__file__).parent
 TITLE = 'The <UserID> "x"\n\x01 <|im_end|> <TargetItemTitle>'
@@ -91,7 +92,7 @@ def test_meta(data: Dataset):
     assert meta["counts"]["rows"] == {"train": 96, "valid": 12, "test": 12} and meta["counts"]["users"] == 6
     assert meta["counts"]["liked"]["train"] == int(data.splits["train"].label.sum())
     assert meta["bad_rows"]["count"] == 0 and meta["files"][0]["name"] == "t.csv"
-    assert meta["maps"]["users"]["file"] == "users.parquet" and set(meta["warm"]) == {"not_cold", "three", "over_three"}
+    assert meta["maps"]["users"]["file"] == "users.parquet" and set(meta["warm"]) == set(WARM_RULES)
     assert data.domain == "item" and data.num_users == 7
 
 
@@ -129,6 +130,40 @@ def test_preparing_twice_gives_the_same_bytes(data: Dataset, tmp_path: Path):
     for file in data.path.iterdir():
         assert file.read_bytes() == (again.path / file.name).read_bytes()
     assert again.fingerprint == data.fingerprint
+
+
+def test_the_fingerprint_tells_other_raw_ids_apart(data: Dataset):
+    users, items = data.raw_users.copy(), data.raw_items.copy()
+    users[1], items[1] = "someone else", "999"
+    same = replace(data, raw_users=data.raw_users.copy())
+    assert same.fingerprint == data.fingerprint
+    assert len({d.fingerprint for d in (data, replace(data, raw_users=users), replace(data, raw_items=items))}) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (
+            "collm",
+            {"like_threshold": 3.0},
+            "--like_threshold only with source ml-100k or .* or table, got 3.0 with 'coll",
+        ),
+        ("collm", {"max_bad_fraction": 0.5}, "--max_bad_fraction only with source"),
+        ("ml-1m", {"user_column": "u"}, "--user_column only with source recbole or table, got 'u' with 'ml-1m'"),
+        ("recbole", {"title_column": "name"}, "--title_column only with source table, got 'name' with 'recbole'"),
+        ("ml-100k", {"items": Path("i.csv")}, "--items only with source table"),
+        ("table", {"allow_pickle": True}, "--allow_pickle only with source collm, got True with 'table'"),
+        ("ml-1m", {"history_block": 4}, "--history_block only with --history block, got 4"),
+        ("table", {"history_block": 4, "history": "row"}, "--history_block only with --history block, got 4"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    source: Any, options: dict[str, Any], message: str, tmp_path: Path
+):
+    config = PrepareConfig(source=source, input=write_table(tmp_path), out=tmp_path / "out", **options)
+    with pytest.raises(ValueError, match=f"^prepare: expected {message}"):
+        prepare(config)
+    assert not config.out.exists()
 
 
 def test_calendar_and_row_rules_for_a_table(tmp_path: Path):

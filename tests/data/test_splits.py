@@ -109,9 +109,9 @@ def test_warm_rules(tmp_path):
     splits["test"] = split([(1, 1), (2, 2), (1, 2)])
     data = Dataset(tmp_path, {}, ["", "a", "b"], splits, 3, 3, np.array([-1, 1, 2]), np.array([-1, 1, 2]))
     assert warm_mask(data, "test").tolist() == [True, False, True]
-    assert warm_mask(data, "test", "three").tolist() == [True, True, True]
-    assert warm_mask(data, "test", "over_three").tolist() == [False, True, False]
-    with pytest.raises(ValueError, match="expected a rule of not_cold, three, over_three, got 'hot'"):
+    assert warm_mask(data, "test", "at_least_3").tolist() == [True, True, True]
+    assert warm_mask(data, "test", "more_than_3").tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="expected a rule of not_cold, at_least_3, more_than_3, got 'hot'"):
         warm_mask(data, "test", "hot")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected a split of train, test, got 'dev'"):
         warm_mask(data, "dev")
