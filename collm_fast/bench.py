@@ -5,7 +5,6 @@ The benchmarks live in benchmarks/, which a wheel does not carry; comparing two 
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ from pathlib import Path
 
 from collm_fast.bench_compare import compare
 from collm_fast.config import nearest
+from collm_fast.options import Parser
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="collm-fast bench compare", description="The ratios of two result files.")
+    parser = Parser(prog="collm-fast bench compare", description="The ratios of two result files.")
     parser.add_argument("old", type=Path, help="the result file before")
     parser.add_argument("new", type=Path, help="the result file after")
     parser.add_argument("--max-loss", type=float, default=0.05, help="how much slower ours may be (0.05: 5 %%)")
@@ -31,7 +31,7 @@ def _compare(arguments: Sequence[str]) -> int:
 def run_bench(arguments: Sequence[str], folder: Path = FOLDER) -> int:
     """`compare OLD.json NEW.json` (anywhere), or a family and its script's options; returns the exit code.
 
-    Raises: ValueError outside a checkout, or for a benchmark that does not exist.
+    Raises: ValueError outside a checkout, for a benchmark that does not exist, or for bad arguments of `compare`.
     """
     if arguments and arguments[0] == "compare":
         return _compare(arguments[1:])

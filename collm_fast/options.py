@@ -48,11 +48,12 @@ HELP = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse with bad input as ValueError."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog}: {message}")
+        # The command line puts the program's own name in front.
+        raise ValueError(f"{self.prog.removeprefix('collm-fast ')}: {message}")
 
 
 def parse(command: str, summary: str, classes: Sequence[type[Any]], arguments: Sequence[str]) -> list[Any]:
@@ -61,7 +62,7 @@ def parse(command: str, summary: str, classes: Sequence[type[Any]], arguments: S
     Raises: ValueError for an unknown key (naming the nearest), a bad value or a file that is no YAML mapping.
     """
     name = f"collm-fast {command}"
-    parser = _Parser(prog=name, usage=f"{name} [options]", description=summary, allow_abbrev=False)
+    parser = Parser(prog=name, usage=f"{name} [options]", description=summary, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[], metavar="FILE.yaml", help="keys below, nested")
     flags = ["--config"]
     for cls in classes:
