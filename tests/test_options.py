@@ -48,7 +48,7 @@ def test_options_win_over_files_and_later_files_over_earlier(tmp_path):
         (("--limit-trian", "5"), "train: expected a known option, got '--limit-trian'; did you mean --limit-train?"),
         (("--stage1.batchsize=5",), "got '--stage1.batchsize'; did you mean --stage1.batch_size?"),
         (("--seed", "x"), "seed: expected integer, got 'x'"),
-        (("--seed",), "collm-fast train: argument --seed: expected one argument"),
+        (("--seed",), "train: argument --seed: expected one argument"),
         (("word",), "train: expected a known option, got 'word'"),
     ],
 )
