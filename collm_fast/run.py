@@ -27,7 +27,7 @@ from collm_fast.rank import Ranked, best_first
 from collm_fast.training.cf import held_out_rows
 from collm_fast.training.pipeline import run_training, stage2_row, wanted_rows
 from collm_fast.training.scores import baseline_scores, table_of
-from collm_fast.training.stages import Base, load_mapper, mapper_file, statistics
+from collm_fast.training.stages import Base, load_mapper, mapper_file, statistics, with_biases
 from collm_fast.training.subsets import choose_rows
 
 
@@ -141,7 +141,7 @@ class Run:
         mapper = load_mapper(self.path / name)
         seen = ~held_out_rows(self.dataset.splits["train"], self.cf.config.held_out)
         stats = statistics(mapper.config, self.dataset, seen)
-        return self._base.model("stage2", self.config, self.cf, mapper, stats)
+        return self._base.model("stage2", self.config, with_biases(self.cf), mapper, stats)
 
     def logits(self, split: Split, row: str | None = None, progress: str | None = None) -> NDArray[np.float32]:
         """The answer's logit for the rows of a split, [n] float32."""

@@ -18,14 +18,15 @@ from small_run import QUICK, quick_reports, save_llm, write_ratings
 
 import collm_fast
 from collm_fast.cli import main
-from collm_fast.config import PrepareConfig, TrainConfig, from_mapping
+from collm_fast.config import CFConfig, PrepareConfig, TrainConfig, from_mapping
 from collm_fast.data.prepare import prepare
 from collm_fast.io.tables import read_table
+from collm_fast.models.cf.frozen import CFModel
 from collm_fast.rank import best_first
 from collm_fast.training import pipeline
 from collm_fast.training.controls import logistic_scores
 from collm_fast.training.interrupt import Interrupted
-from collm_fast.training.stages import load_mapper, set_trainable
+from collm_fast.training.stages import load_mapper, set_trainable, with_biases
 from collm_fast.training.subsets import whole_groups, whole_users
 
 OPTIONS = {
@@ -218,6 +219,18 @@ def test_subsets_are_whole_and_seeded(world):
     assert groups.size >= 20 and sum(key(row) in chosen for row in range(len(train))) == groups.size
     among = np.arange(len(train)) % 2 == 0
     assert set(whole_groups(train, 20, 1, among)) <= set(np.flatnonzero(among))
+
+
+def test_biases_become_columns_and_scores_stay():
+    rng = np.random.default_rng(0)
+    user, item = (torch.from_numpy(rng.normal(size=(n, 3)).astype(np.float32)) for n in (5, 7))
+    plain = CFModel("mf", CFConfig(), user, item, offset=0.5)
+    assert with_biases(plain) is plain
+    biased = CFModel("mf", CFConfig(), user, item, user[:, 0].clone(), item[:, 1].clone(), 0.5)
+    read = with_biases(biased)
+    uid, iid = np.repeat(np.arange(5), 7), np.tile(np.arange(7), 5)
+    assert read.dim == 5 and read.user_bias is None
+    assert np.allclose(read.score(uid, iid), biased.score(uid, iid), atol=1e-5)
 
 
 def test_a_stage_without_its_parameters_is_an_error():

@@ -45,6 +45,7 @@ from collm_fast.training.stages import (
     save_mapper,
     set_trainable,
     statistics,
+    with_biases,
 )
 from collm_fast.training.subsets import IntArray, choose_rows, given_cf, held_out_of
 
@@ -210,7 +211,7 @@ def _parts(work: Work) -> None:
     if work.config.stage != "lora":
         train, test = work.split("stage2"), work.split("test")
         known = id_statistics(work.dataset, _seen(work))
-        found = control_scores(work.cf, known, train, test)
+        found = control_scores(with_biases(work.cf), known, train, test)
         add_controls(work.folder, test, found, seed=work.config.seed)
     with _timed(work.folder, "report"):
         write_report(work.folder)
@@ -238,8 +239,9 @@ def _model(work: Work, mapper_config: MapperConfig | None) -> tuple[CoLLM, Mappe
         return base.model("stage1", config), None
     set_dropout(base.llm, config.stage2_lora_dropout)
     stats = statistics(mapper_config, work.dataset, _seen(work))
-    mapper = fresh_mapper(mapper_config, work.cf.dim, base.hidden_size, stats, config.seed)
-    return base.model("stage2", config, work.cf, mapper, stats), mapper
+    cf = with_biases(work.cf)
+    mapper = fresh_mapper(mapper_config, cf.dim, base.hidden_size, stats, config.seed)
+    return base.model("stage2", config, cf, mapper, stats), mapper
 
 
 def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
@@ -298,7 +300,8 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
     }
     if mapper is not None:
-        record["inputs"] = mapper.config.inputs
+        biases = ", with the collaborative model's biases" if work.cf.user_bias is not None else ""
+        record["inputs"] = mapper.config.inputs + biases
     folder.update(stages={row: record}, prompt_examples={**examples, stage: prompt_text(base.tokenizer, train, 0)})
 
 

@@ -6,7 +6,7 @@ The steps are `loop.py`'s, the order of the parts `pipeline.py`'s. Floor F3.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Base:
         mapper: Mapper | None = None,
         stats: IdStatistics | None = None,
     ) -> CoLLM:
-        """The hybrid model of `stage1` (text only) or `stage2` over this language model."""
+        """The hybrid model of `stage1` (text only) or `stage2` over this language model; `cf` as `with_biases`."""
         yes, no = self.answers[stage]
         if stage == "stage1":
             cf = mapper = stats = None
@@ -118,6 +118,19 @@ def _end(template: PromptTemplate) -> str:
 def fresh_lora(base: Base, config: LoraConfig, seed: int) -> None:
     """Add LoRA layers, drawn from the seed alone."""
     add_lora(base.llm, config, torch.Generator().manual_seed(derived_seed(seed, "lora", "init")))
+
+
+def with_biases(cf: CFModel) -> CFModel:
+    """The model the mapper reads: biases become columns, [e_u, b_u, 1] and [e_i, 1, b_i]; every score stays as it is.
+
+    Without them the mapper would miss what the model knows best, how much an item is liked and a user likes. A model
+    without biases is read as it is, the paper's form.
+    """
+    if cf.user_bias is None or cf.item_bias is None:
+        return cf
+    user = torch.cat((cf.user, cf.user_bias[:, None], torch.ones_like(cf.user_bias)[:, None]), dim=1)
+    item = torch.cat((cf.item, torch.ones_like(cf.item_bias)[:, None], cf.item_bias[:, None]), dim=1)
+    return replace(cf, user=user, item=item, user_bias=None, item_bias=None)
 
 
 def fresh_mapper(config: MapperConfig, d: int, H: int, stats: IdStatistics | None, seed: int) -> Mapper:
