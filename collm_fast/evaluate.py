@@ -17,6 +17,7 @@ from collm_fast import metrics
 from collm_fast.data.packing import batches, pack
 from collm_fast.data.prompts import Prompts
 from collm_fast.models.collm import CoLLM
+from collm_fast.ops import check_device_errors
 
 BOOTSTRAP_SAMPLES = 1000
 
@@ -49,6 +50,7 @@ def score_prompts(
                 batch = pack(prompts, rows, pairs=pairs)
                 logits[batch.row.numpy()] = model(batch).float().cpu().numpy()
                 bar.update(rows.size)
+        check_device_errors(synchronize=True)
     finally:
         model.train(training)
     return logits

@@ -27,6 +27,7 @@ from collm_fast.evaluate import score_prompts
 from collm_fast.io import checkpoints
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.lora import set_step_seed
+from collm_fast.ops import check_device_errors
 from collm_fast.training.interrupt import Interrupted, Stop
 from collm_fast.training.state import History, StageState
 
@@ -102,7 +103,8 @@ def train_stage(
 
     Raises:
         ValueError for a validation sample of one class.
-        FloatingPointError for a loss that is not finite, naming the step and the rows; the parameters are not updated.
+        FloatingPointError for a loss or gradient that is not finite, naming the step and the rows; the parameters are
+            not updated.
         Interrupted after a signal, once the state is saved.
     """
     if len(set(valid.label.tolist())) < 2:
@@ -163,15 +165,14 @@ def train_stage(
             loss = binary_cross_entropy_with_logits(model(batch), batch.label.to(options.device))
             value = loss.item()
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{options.name}: expected a finite loss, got {value} at step {loop.step}, rows "
-                    f"{', '.join(map(str, rows[:16].tolist()))}{', ...' if rows.size > 16 else ''} of the training "
-                    "sample; a lower learning rate, --dtype float32 or a clip_norm may help"
-                )
+                raise _not_finite(options.name, "loss", value, loop.step, rows)
+            check_device_errors()
             loop.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if config.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.clip_norm)
+            limit = math.inf if config.clip_norm is None else config.clip_norm
+            norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit).item()
+            if not math.isfinite(norm):
+                raise _not_finite(options.name, "gradient", norm, loop.step, rows)
             loop.optimizer.step()
 
             loop.advance(value, len(order))
@@ -189,6 +190,14 @@ def train_stage(
     loop.load_best()
     best = loop.best_logits.numpy()
     return LoopResult(loop.step, loop.best_step, loop.best_auc, best, loop.history, resumed_from, prompts)
+
+
+def _not_finite(stage: str, what: str, value: float, step: int, rows: np.ndarray) -> FloatingPointError:
+    shown = f"{', '.join(map(str, rows[:16].tolist()))}{', ...' if rows.size > 16 else ''}"
+    return FloatingPointError(
+        f"{stage}: expected a finite {what}, got {value} at step {step}, rows {shown} of the training sample; "
+        "a lower learning rate, --dtype float32 or a clip_norm may help"
+    )
 
 
 def _epoch(train: Prompts, config: StageConfig, options: LoopOptions, epoch: int) -> list[np.ndarray]:

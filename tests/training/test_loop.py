@@ -193,6 +193,15 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_rows(tmp_path):
         run(tmp_path / "new", model=poisoned, valid=valid)
 
 
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_parameters(tmp_path):
+    model = lora_model()
+    before = {name: value.detach().clone() for name, value in set_trainable(model, "lora").items()}
+    next(iter(set_trainable(model, "lora").values())).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"stage1: expected a finite gradient, got (nan|inf) at step 0, rows"):
+        run(tmp_path, model=model)
+    assert all(torch.equal(value, before[name]) for name, value in set_trainable(model, "lora").items())
+
+
 def test_one_class_in_validation_is_an_error(tmp_path):
     valid = random_prompts(1, slots=False)
     with pytest.raises(ValueError, match="expected validation rows of both labels"):
