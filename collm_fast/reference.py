@@ -43,7 +43,9 @@ def edge_mask(seed: Tensor | int, user: Tensor, item: Tensor, p: float) -> Tenso
 
     Edge (user, item node) is kept where word 0 of philox(seed; user, item, 0, EDGE_STREAM) >= floor(p 2^32).
     """
-    word = philox(seed, user.long(), item.long(), torch.zeros_like(user.long()), torch.full_like(user.long(), EDGE_STREAM))
+    word = philox(
+        seed, user.long(), item.long(), torch.zeros_like(user.long()), torch.full_like(user.long(), EDGE_STREAM)
+    )
     return (word[..., 0] >= int(p * 2**32)).double() / (1.0 - p)
 
 
