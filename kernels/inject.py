@@ -1,7 +1,7 @@
 """Triton kernels of the inject family and their launchers: embed_inject, gather_rows, scatter_rows.
 
 Shapes and dtypes were checked by collm_fast/ops/inject.py; values out of range are guarded here and reported through
-`record` ([3] int64: raised, value, limit). Imports torch and triton only.
+`record` ([3] int64: raised, value, limit). Imports torch, triton and its neighbour device.py only.
 """
 
 from __future__ import annotations
@@ -9,19 +9,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from collm_fast.kernels.device import on, report
 from torch import Tensor
 
 # A copy knows no number format: rows move as integers of their size, so that every dtype is one kernel.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # scatter_rows sums the places of a row in runs of this many, and then the runs; csrc/inject.h has the same number.
 _RUN = tl.constexpr(64)
-
-
-@triton.jit
-def _report(record, value, limit):
-    tl.store(record + 1, value)
-    tl.store(record + 2, limit)
-    tl.store(record, 1)
 
 
 @triton.jit
@@ -50,9 +44,9 @@ def embed_inject_kernel(
     bad_row = (row < -1) | (row >= S)
     bad_token = (row == -1) & ((token < 0) | (token >= V))
     if bad_row:
-        _report(row_record, row, S)
+        report(row_record, row, S)
     if bad_token:
-        _report(token_record, token, V)
+        report(token_record, token, V)
     # A scalar condition becomes the number of columns that may be read: masks stay comparisons of one block.
     from_rows = tl.where((row >= 0) & (row < S), H, 0)
     from_table = tl.where((row == -1) & (token >= 0) & (token < V), H, 0)
@@ -69,7 +63,7 @@ def gather_rows_kernel(out, table, index, H, V, table_row, table_column, record,
     row = tl.load(index + place).to(tl.int64)
     bad = (row < -1) | (row >= V)
     if bad:
-        _report(record, row, V)
+        report(record, row, V)
     there = tl.where((row >= 0) & (row < V), H, 0)
     value = tl.load(table + row * table_row + column * table_column, mask=column < there, other=0)
     tl.store(out + place * H + column, value, mask=column < H)
@@ -100,9 +94,9 @@ def scatter_rows_kernel(
         lowest = tl.load(ordered_index).to(tl.int64)
         highest = tl.load(ordered_index + num_places - 1).to(tl.int64)
         if lowest < -1:
-            _report(record, lowest, num_rows)
+            report(record, lowest, num_rows)
         if highest >= num_rows:
-            _report(record, highest, num_rows)
+            report(record, highest, num_rows)
     inside = column < tl.where(row < num_rows, H, 0)
     total = tl.zeros((BLOCK_H,), dtype=SUM)
     first = tl.load(begin + row)
@@ -130,21 +124,22 @@ def embed_inject(
     if out.numel() == 0:
         return out
     bits, block = _BITS[table.element_size()], _block(H)
-    embed_inject_kernel[(token_ids.numel(), triton.cdiv(H, block))](
-        out.view(bits),
-        token_ids.contiguous(),
-        table.view(bits),
-        rows.view(bits),
-        row_index.contiguous(),
-        H,
-        V,
-        S,
-        *table.stride(),
-        *rows.stride(),
-        token_record,
-        row_record,
-        BLOCK_H=block,
-    )
+    with on(table):
+        embed_inject_kernel[(token_ids.numel(), triton.cdiv(H, block))](
+            out.view(bits),
+            token_ids.contiguous(),
+            table.view(bits),
+            rows.view(bits),
+            row_index.contiguous(),
+            H,
+            V,
+            S,
+            *table.stride(),
+            *rows.stride(),
+            token_record,
+            row_record,
+            BLOCK_H=block,
+        )
     return out
 
 
@@ -155,9 +150,10 @@ def gather_rows(table: Tensor, index: Tensor, record: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     bits, block = _BITS[table.element_size()], _block(H)
-    gather_rows_kernel[(index.numel(), triton.cdiv(H, block))](
-        out.view(bits), table.view(bits), index.contiguous(), H, V, *table.stride(), record, BLOCK_H=block
-    )
+    with on(table):
+        gather_rows_kernel[(index.numel(), triton.cdiv(H, block))](
+            out.view(bits), table.view(bits), index.contiguous(), H, V, *table.stride(), record, BLOCK_H=block
+        )
     return out
 
 
@@ -194,21 +190,22 @@ def scatter_rows(grad: Tensor, index: Tensor, num_rows: int, record: Tensor) -> 
     begin = torch.searchsorted(ordered, bounds)
     grad, split, outer, inner = _two_strides(grad)
     block = _block(H)
-    scatter_rows_kernel[(max(num_rows, 1), triton.cdiv(H, block))](
-        out,
-        grad,
-        order,
-        ordered,
-        begin,
-        places,
-        num_rows,
-        H,
-        split,
-        outer,
-        inner,
-        grad.stride(-1),
-        record,
-        BLOCK_H=block,
-        SUM=tl.float64 if grad.dtype == torch.float64 else tl.float32,
-    )
+    with on(grad):
+        scatter_rows_kernel[(max(num_rows, 1), triton.cdiv(H, block))](
+            out,
+            grad,
+            order,
+            ordered,
+            begin,
+            places,
+            num_rows,
+            H,
+            split,
+            outer,
+            inner,
+            grad.stride(-1),
+            record,
+            BLOCK_H=block,
+            SUM=tl.float64 if grad.dtype == torch.float64 else tl.float32,
+        )
     return out

@@ -2,7 +2,7 @@
 
 project: s = scale dropout(v) F^T; expand: b + mask (s F); outer: partial sums of s^T dropout(v). The mask is drawn in
 the pass that reads or writes the element. The dense products are torch's, with beta = 1. Arguments were checked by
-collm_fast/ops/lora.py. Imports torch and triton only.
+collm_fast/ops/lora.py. Imports torch, triton and its neighbour device.py only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from collm_fast.kernels.device import on
 from torch import Tensor
 
 
@@ -194,23 +195,24 @@ def _project(v: Tensor, factor: Tensor, scale: float, seed: Tensor | None, strea
     (M, C), r = v.shape, factor.shape[0]
     out = v.new_empty((M, r), dtype=torch.promote_types(v.dtype, torch.float32))
     size = blocks(r)
-    project_kernel[(triton.cdiv(M, size["BLOCK_M"]), triton.cdiv(r, size["RANK"]))](
-        out,
-        v,
-        factor,
-        seed if threshold else out,
-        M,
-        C,
-        r,
-        v.stride(0),
-        *factor.stride(),
-        scale,
-        stream,
-        threshold,
-        DROP=threshold > 0,
-        SUM=_sum_type(v),
-        **size,
-    )
+    with on(v):
+        project_kernel[(triton.cdiv(M, size["BLOCK_M"]), triton.cdiv(r, size["RANK"]))](
+            out,
+            v,
+            factor,
+            seed if threshold else out,
+            M,
+            C,
+            r,
+            v.stride(0),
+            *factor.stride(),
+            scale,
+            stream,
+            threshold,
+            DROP=threshold > 0,
+            SUM=_sum_type(v),
+            **size,
+        )
     return out
 
 
@@ -229,25 +231,26 @@ def _expand(
     if C == 0:
         return
     size = blocks(r)
-    expand_kernel[(triton.cdiv(M, size["BLOCK_M"]), triton.cdiv(C, size["BLOCK_C"]))](
-        out,
-        s,
-        factor,
-        out if bias is None else bias,
-        seed if threshold else s,
-        M,
-        C,
-        r,
-        *factor.stride(),
-        0 if bias is None else bias.stride(0),
-        scale,
-        stream,
-        threshold,
-        DROP=threshold > 0,
-        BIAS=bias is not None,
-        SUM=_sum_type(out),
-        **size,
-    )
+    with on(out):
+        expand_kernel[(triton.cdiv(M, size["BLOCK_M"]), triton.cdiv(C, size["BLOCK_C"]))](
+            out,
+            s,
+            factor,
+            out if bias is None else bias,
+            seed if threshold else s,
+            M,
+            C,
+            r,
+            *factor.stride(),
+            0 if bias is None else bias.stride(0),
+            scale,
+            stream,
+            threshold,
+            DROP=threshold > 0,
+            BIAS=bias is not None,
+            SUM=_sum_type(out),
+            **size,
+        )
 
 
 def _outer(v: Tensor, s: Tensor, scale: float, seed: Tensor | None, stream: int, threshold: int) -> Tensor:
@@ -260,22 +263,23 @@ def _outer(v: Tensor, s: Tensor, scale: float, seed: Tensor | None, stream: int,
     rows = triton.cdiv(M, min(triton.cdiv(M, 64), 128, fit))
     parts = triton.cdiv(M, rows)
     partial = s.new_empty((parts, r, C))
-    outer_kernel[(triton.cdiv(C, size["BLOCK_C"]), parts, triton.cdiv(r, size["RANK"]))](
-        partial,
-        v,
-        s,
-        seed if threshold else s,
-        M,
-        C,
-        r,
-        v.stride(0),
-        rows,
-        stream,
-        threshold,
-        DROP=threshold > 0,
-        SUM=_sum_type(v),
-        **size,
-    )
+    with on(v):
+        outer_kernel[(triton.cdiv(C, size["BLOCK_C"]), parts, triton.cdiv(r, size["RANK"]))](
+            partial,
+            v,
+            s,
+            seed if threshold else s,
+            M,
+            C,
+            r,
+            v.stride(0),
+            rows,
+            stream,
+            threshold,
+            DROP=threshold > 0,
+            SUM=_sum_type(v),
+            **size,
+        )
     return partial.sum(0).mul_(scale)
 
 

@@ -3,26 +3,18 @@
 The same recurrence as csrc/cpu/propagate.cpp: h_k = x + S A S h_{k-1}, so a layer gathers rows of g = S h and writes
 the next g, and the last one writes the result; no layer mean is ever stored. Shapes and dtypes were checked by
 collm_fast/ops/propagate.py; values out of range are guarded here and reported in `records` ([3, 3] int64 for rows, crow
-and col: raised, value, limit). Imports torch and triton only.
+and col: raised, value, limit). Imports torch, triton and its neighbour device.py only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from collm_fast.kernels.device import on, report
 from torch import Tensor
-
-
-@triton.jit
-def report(record, value, limit):
-    tl.store(record + 1, value)
-    tl.store(record + 2, limit)
-    tl.store(record, 1)
 
 
 @triton.jit
@@ -95,8 +87,14 @@ def layer_kernel(
         begin = tl.load(crow + node, mask=valid, other=0)
         end = tl.load(crow + node + 1, mask=valid, other=0)
         if (begin < 0) | (end < begin) | (end > nnz):
-            report(records + 3, end, nnz)
+            report(records + 3, tl.where(begin < 0, begin, end), nnz)
             end = begin
+        # The two ends that no row sees, by the first row alone.
+        if position == 0:
+            first = tl.load(crow)
+            last = tl.load(crow + N)
+            if (first != 0) | (last != nnz):
+                report(records + 3, tl.where(first != 0, first, last), nnz)
         total = sum_edges(
             table, col, slot, seed, node, begin, end, column, N, D, threshold, records + 6,
             SLOT, DROPOUT, BLOCK_E, BLOCK_D, SUM,
@@ -130,10 +128,6 @@ def sparse_gradient_kernel(
         tl.store(sums + place * D + column, total, mask=column < D)
         tl.store(scaled + place * D + column, total * tl.load(inv_sqrt_degree + node).to(SUM), mask=column < D)
         tl.store(slot + node, place.to(tl.int32))
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
 def _block(D: int) -> int:
@@ -233,7 +227,7 @@ def propagate(
     N, D = x.shape
     out = x.new_empty(N if rows is None else rows.shape[0], D)
     call = _Call((crow, col, inv_sqrt_degree), D, num_layers, dropout_p, seed, records)
-    with _on(x):
+    with on(x):
         if num_layers == 0:
             call.layer(out, None, x, result=True, rows=rows)
             return out
@@ -264,7 +258,7 @@ def propagate_backward(
     sums, scaled = grad.new_empty(max(B, 1), D, dtype=wide), grad.new_empty(max(B, 1), D, dtype=wide)
     slot = torch.full((N,), -1, dtype=torch.int32, device=grad.device)
     call = _Call((crow, col, inv_sqrt_degree), D, num_layers, dropout_p, seed, records)
-    with _on(grad):
+    with on(grad):
         if B > 0:
             # A stable sort keeps the order of a row's places, and with it the bits of its sum.
             ordered, order = torch.sort(rows, stable=True)

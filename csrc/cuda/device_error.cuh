@@ -14,7 +14,8 @@ struct ErrorRecord {
   long long limit;
 };
 
-// Plain stores: threads that race all carry a value that is truly bad, and `raised` is stored last.
+// Plain stores: threads that race all carry a value that is truly bad, and `raised` is stored last. The host waits for
+// the device before it reads the rest, so value and limit are those of one launch.
 __device__ __forceinline__ void report(ErrorRecord* record, long long value, long long limit) {
   volatile ErrorRecord* out = record;
   out->value = value;

@@ -170,6 +170,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                             Tensor s, double scaling, double dropout_p, std::optional<Tensor> seed,
                                             int64_t stream, std::vector<bool> mask) {
+  raise_device_errors();
   check_backward(grad, x, weight, lora_A, lora_B, s, dropout_p, seed, stream, mask);
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const int64_t N = weight.size(0), K = weight.size(1), r = lora_A.size(0);

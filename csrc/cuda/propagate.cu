@@ -82,7 +82,7 @@ Layer common(const Tensor& crow, const Tensor& col, const Tensor& inv, int64_t D
     layer.keep = static_cast<float>(1.0 / (1.0 - dropout_p));
   }
   layer.bad_row = error_record("lightgcn_propagate: expected rows in [0, ");
-  layer.bad_crow = error_record("lightgcn_propagate: expected crow to rise inside [0, ");
+  layer.bad_crow = error_record("lightgcn_propagate: expected crow to rise from 0 to nnz (");
   layer.bad_col = error_record("lightgcn_propagate: expected col in [0, ");
   return layer;
 }
@@ -224,7 +224,7 @@ Tensor propagate_backward(const Tensor& grad, const Tensor& crow, const Tensor& 
   return out;
 }
 
-void check_device_errors() { raise_device_errors(); }
+void check_device_errors(bool synchronize) { raise_device_errors(synchronize); }
 
 }  // namespace
 }  // namespace collm

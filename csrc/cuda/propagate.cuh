@@ -95,8 +95,12 @@ __device__ __forceinline__ Row find_row(const Layer& a, int64_t position) {
   }
   const int64_t begin = a.crow[node], end = a.crow[node + 1];
   if (begin < 0 || end < begin || end > a.nnz) {
-    report(a.bad_crow, end, a.nnz);
+    report(a.bad_crow, begin < 0 ? begin : end, a.nnz);
     return {node, 0, 0};
+  }
+  // The two ends that no row sees, by the first row alone.
+  if (position == 0 && (a.crow[0] != 0 || a.crow[a.nodes] != a.nnz)) {
+    report(a.bad_crow, a.crow[0] != 0 ? a.crow[0] : a.crow[a.nodes], a.nnz);
   }
   return {node, begin, end};
 }

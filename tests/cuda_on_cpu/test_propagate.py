@@ -144,6 +144,13 @@ def test_bad_values_are_reported_and_read_nothing() -> None:
     crow[3] = 10**6
     bad = BipartiteGraph(crow, graph.col, graph.inv_sqrt_degree, 40, 700)
     assert run(x, bad, 1).errors[1, 0] == 1
+    # Every row lies inside [0, nnz), but the first or the last number is another: seen by the first position alone.
+    for at, number in ((0, 1), (740, graph.col.numel() - 1)):
+        crow = graph.crow.clone()
+        crow[at] = number
+        bad = BipartiteGraph(crow, graph.col, graph.inv_sqrt_degree, 40, 700)
+        assert run(x, bad, 1).errors[1].tolist() == [1, number, graph.col.numel()]
+        assert run(x, bad, 1, rows=torch.tensor([9])).errors[1].tolist() == [1, number, graph.col.numel()]
     assert run(x[:2], graph, 2, rows=torch.tensor([2, 740]), backward=True).errors[0].tolist() == [1, 740, 740]
 
 
