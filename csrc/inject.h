@@ -86,7 +86,7 @@ inline void check_scatter_rows(const Tensor& grad, const Tensor& index, int64_t 
               " and one more dimension, got ", shape(grad));
   COLLM_CHECK(is_float(grad.scalar_type()), op, "grad of dtype float32, bfloat16, float16 or float64, got ",
               dtype(grad));
-  COLLM_CHECK(num_rows >= 0, op, "num_rows of at least 0, got ", num_rows);
+  COLLM_CHECK(num_rows >= 0 && num_rows <= INT32_MAX, op, "num_rows in [0, 2^31), got ", num_rows);
   check_device(op, "index", index, "grad", grad);
 }
 

@@ -107,6 +107,7 @@ inline void check_backward(const Tensor& grad, const Tensor& x, const Tensor& we
                            const Tensor& lora_B, const Tensor& s, double dropout_p, const std::optional<Tensor>& seed,
                            int64_t stream, const std::vector<bool>& mask) {
   const char* op = "lora_linear_backward";
+  COLLM_CHECK(mask.size() == 3, op, "mask of 3 booleans, got ", mask.size());
   COLLM_CHECK(weight.dim() == 2, op, "weight of shape [N, K], got ", collm::shape(weight));
   const int64_t N = weight.size(0), K = weight.size(1);
   COLLM_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, op, "grad of shape [..., ", N, "], got ",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from collm_fast import _native, reference
+from collm_fast.ops._arguments import dtype_name, require
 from collm_fast.ops._device_errors import error_record, raise_device_errors
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,63 +25,51 @@ _native.LIBRARY.define("scatter_rows(Tensor grad, Tensor index, SymInt num_rows)
 
 
 # --- checks: the twin of csrc/inject.h, the same sentences in the same order -------------------------------------
-def _require(ok: bool, op: str, rule: str, got: object) -> None:
-    if not ok:
-        if isinstance(got, Tensor):
-            got = list(got.shape)
-        text = str(got).removeprefix("torch.") if isinstance(got, torch.dtype) else got
-        raise ValueError(f"{op}: expected {rule}, got {text}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check_float(op: str, name: str, tensor: Tensor) -> None:
-    _require(tensor.dtype in _FLOATS, op, f"{name} of dtype float32, bfloat16, float16 or float64", tensor.dtype)
+    require(tensor.dtype in _FLOATS, op, f"{name} of dtype float32, bfloat16, float16 or float64", tensor.dtype)
 
 
 def _check_device(op: str, name: str, tensor: Tensor, first: str, device: torch.device) -> None:
-    _require(tensor.device == device, op, f"{name} on {first}'s device {device}", tensor.device)
+    require(tensor.device == device, op, f"{name} on {first}'s device {device}", tensor.device)
 
 
 def _check_embed_inject(token_ids: Tensor, table: Tensor, rows: Tensor, row_index: Tensor) -> None:
     op = "embed_inject"
-    _require(token_ids.dtype == torch.int64, op, "token_ids of dtype int64", token_ids.dtype)
-    _require(row_index.dtype == torch.int32, op, "row_index of dtype int32", row_index.dtype)
+    require(token_ids.dtype == torch.int64, op, "token_ids of dtype int64", token_ids.dtype)
+    require(row_index.dtype == torch.int32, op, "row_index of dtype int32", row_index.dtype)
     rule = f"row_index of token_ids' shape {list(token_ids.shape)}"
-    _require(row_index.shape == token_ids.shape, op, rule, row_index)
-    _require(table.dim() == 2, op, "table of shape [V, H]", table)
-    _require(rows.dim() == 2, op, "rows of shape [S, H]", rows)
-    _require(rows.shape[1] == table.shape[1], op, f"rows of the table's {table.shape[1]} columns", rows.shape[1])
+    require(row_index.shape == token_ids.shape, op, rule, row_index)
+    require(table.dim() == 2, op, "table of shape [V, H]", table)
+    require(rows.dim() == 2, op, "rows of shape [S, H]", rows)
+    require(rows.shape[1] == table.shape[1], op, f"rows of the table's {table.shape[1]} columns", rows.shape[1])
     _check_float(op, "table", table)
-    _require(rows.dtype == table.dtype, op, f"rows of the table's dtype {_name(table.dtype)}", rows.dtype)
+    require(rows.dtype == table.dtype, op, f"rows of the table's dtype {dtype_name(table.dtype)}", rows.dtype)
     for name, tensor in (("token_ids", token_ids), ("rows", rows), ("row_index", row_index)):
         _check_device(op, name, tensor, "table", table.device)
 
 
 def _check_gather_rows(table: Tensor, index: Tensor) -> None:
     op = "gather_rows"
-    _require(index.dtype in _INDICES, op, "index of dtype int32 or int64", index.dtype)
-    _require(table.dim() == 2, op, "table of shape [V, H]", table)
+    require(index.dtype in _INDICES, op, "index of dtype int32 or int64", index.dtype)
+    require(table.dim() == 2, op, "table of shape [V, H]", table)
     _check_float(op, "table", table)
     _check_device(op, "index", index, "table", table.device)
 
 
 def _check_scatter_rows(grad: Tensor, index: Tensor, num_rows: int) -> None:
     op = "scatter_rows"
-    _require(index.dtype in _INDICES, op, "index of dtype int32 or int64", index.dtype)
+    require(index.dtype in _INDICES, op, "index of dtype int32 or int64", index.dtype)
     same = grad.dim() == index.dim() + 1 and grad.shape[:-1] == index.shape
-    _require(same, op, f"grad of index's shape {list(index.shape)} and one more dimension", grad)
+    require(same, op, f"grad of index's shape {list(index.shape)} and one more dimension", grad)
     _check_float(op, "grad", grad)
-    _require(num_rows >= 0, op, "num_rows of at least 0", num_rows)
+    require(0 <= num_rows < 2**31, op, "num_rows in [0, 2^31)", num_rows)
     _check_device(op, "index", index, "grad", grad.device)
 
 
 def _check_values(op: str, name: str, values: Tensor, low: int, high: int) -> None:
     bad = (values < low) | (values >= high)
     if bool(bad.any()):
-        _require(False, op, f"{name} in [{low}, {high})", int(values[bad][0]))
+        require(False, op, f"{name} in [{low}, {high})", int(values[bad][0]))
 
 
 def _check_embed_inject_values(token_ids: Tensor, table: Tensor, rows: Tensor, row_index: Tensor) -> None:
@@ -93,13 +82,13 @@ def _check_embed_inject_values(token_ids: Tensor, table: Tensor, rows: Tensor, r
 def _embed_inject_reference(token_ids: Tensor, table: Tensor, rows: Tensor, row_index: Tensor) -> Tensor:
     _check_embed_inject(token_ids, table, rows, row_index)
     _check_embed_inject_values(token_ids, table, rows, row_index)
-    return reference.embed_inject(token_ids, table, rows, row_index)
+    return reference.embed_inject(token_ids, table, rows, row_index).contiguous()
 
 
 def _gather_rows_reference(table: Tensor, index: Tensor) -> Tensor:
     _check_gather_rows(table, index)
     _check_values("gather_rows", "index", index, -1, table.shape[0])
-    return reference.gather_rows(table, index)
+    return reference.gather_rows(table, index).contiguous()
 
 
 def _scatter_rows_reference(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
@@ -232,7 +221,8 @@ def embed_inject(token_ids: Tensor, table: Tensor, rows: Tensor, row_index: Tens
     Returns: [..., H]. Gradients: rows (each sums over all its places, in order, in float32) and, if it requires one,
         table; the same inputs give the same bits.
     Raises: ValueError for other shapes, dtypes or devices and for values out of range; on a GPU the values are
-        reported by the next op or by `check_device_errors`, and such a place is zero.
+        reported by the next op or by `check_device_errors`, such a place is zero, and where the result has no
+        elements no value is looked at.
     Source: CoLLM (arXiv 2310.19488), section 4.2: the hybrid encoding of the prompt.
     """
     device = table.device.type
@@ -265,7 +255,7 @@ def scatter_rows(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     Args:
         grad:  [..., H] float32, bfloat16, float16 or float64, of any strides.
         index: [...] int32 or int64 in [-1, num_rows).
-        num_rows: at least 0.
+        num_rows: in [0, 2^31).
     Returns: [num_rows, H] of grad's dtype, accumulated in float32 (float64 in float64), without atomics: the same
         inputs give the same bits for any number of threads.
     Raises: ValueError for other shapes, dtypes or devices and for an index out of range (see `embed_inject`).

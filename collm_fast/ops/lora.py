@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from collm_fast import _native, reference
-from collm_fast.ops._lora_checks import check_backward, check_forward, check_frozen, check_probability, require
+from collm_fast.ops._arguments import seed_tensor, without_autocast
+from collm_fast.ops._device_errors import raise_device_errors
+from collm_fast.ops._lora_checks import (
+    check_backward,
+    check_forward,
+    check_frozen,
+    check_linear,
+    check_probability,
+    require,
+)
 
 _native.LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, "
@@ -38,9 +47,10 @@ def _forward_reference(
 ) -> tuple[Tensor, Tensor]:
     check_forward(x, weight, bias, lora_A, lora_B, dropout_p, seed, stream)
     wide = torch.promote_types(x.dtype, torch.float32)
-    s = _dropped(x, dropout_p, seed, stream) @ lora_A.to(wide).T
-    y = torch.nn.functional.linear(x, weight, bias)
-    return y + (scaling * (s @ lora_B.to(wide).T)).to(y.dtype), s
+    with without_autocast():
+        s = _dropped(x, dropout_p, seed, stream) @ lora_A.to(wide).T
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y + (scaling * (s @ lora_B.to(wide).T)).to(y.dtype), s
 
 
 def _backward_reference(
@@ -58,14 +68,15 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_backward(grad, x, weight, lora_A, lora_B, s, dropout_p, seed, stream, mask)
     wide = torch.promote_types(grad.dtype, torch.float32)
-    ds = scaling * (grad.to(wide) @ lora_B.to(wide))
     dx, dA, dB = grad.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
-    if mask[0]:
-        dx = grad @ weight + _dropped(ds @ lora_A.to(wide), dropout_p, seed, stream).to(grad.dtype)
-    if mask[1]:
-        dA = (_matrix(ds).T @ _matrix(_dropped(x, dropout_p, seed, stream))).to(lora_A.dtype)
-    if mask[2]:
-        dB = scaling * (_matrix(grad.to(wide)).T @ _matrix(s))
+    with without_autocast():
+        ds = scaling * (grad.to(wide) @ lora_B.to(wide))
+        if mask[0]:
+            dx = grad @ weight + _dropped(ds @ lora_A.to(wide), dropout_p, seed, stream).to(grad.dtype)
+        if mask[1]:
+            dA = (_matrix(ds).T @ _matrix(_dropped(x, dropout_p, seed, stream))).to(lora_A.dtype)
+        if mask[2]:
+            dB = scaling * (_matrix(grad.to(wide)).T @ _matrix(s))
     return dx, dA, dB.to(lora_B.dtype)
 
 
@@ -85,17 +96,20 @@ def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None, stream: int) -> T
 def _forward_triton(*args: Any) -> tuple[Tensor, Tensor]:
     from collm_fast.kernels import lora as kernels
 
-    x, weight, bias, lora_A, lora_B, _, dropout_p, seed, stream = args
-    check_forward(x, weight, bias, lora_A, lora_B, dropout_p, seed, stream)
-    y, s = kernels.lora_linear(*args)
+    raise_device_errors()
+    check_forward(*args[:5], *args[6:])
+    with without_autocast():
+        y, s = kernels.lora_linear(*args)
     return y, s
 
 
 def _backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from collm_fast.kernels import lora as kernels
 
+    raise_device_errors()
     check_backward(*args[:6], *args[7:])
-    dx, dA, dB = kernels.lora_linear_backward(*args)
+    with without_autocast():
+        dx, dA, dB = kernels.lora_linear_backward(*args)
     return dx, dA, dB
 
 
@@ -176,17 +190,10 @@ torch.library.register_autograd("collm_fast::lora_linear", _backward, setup_cont
 torch.library.register_autograd("collm_fast::lora_linear_backward", _no_second_derivative, lib=_native.LIBRARY)
 
 
-def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor | None:
-    if seed is None or isinstance(seed, Tensor):
-        return seed
-    require(-(2**63) <= seed < 2**63, "seed in the range of int64", seed)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
-
-
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     # As torch's own linear: the frozen product runs in the autocast dtype. lora_A and lora_B keep their dtype.
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -229,11 +236,10 @@ def lora_linear(
     check_probability(dropout_p)
     x, weight, bias = _autocast(x, weight, bias)
     if lora_A is None or lora_B is None:
+        check_linear(x, weight, bias)
         return torch.nn.functional.linear(x, weight, bias)
     p = dropout_p if training else 0.0
-    seed = _seed_tensor(seed, x.device) if p > 0.0 else None
-    # The registered kernel checks too (it can be called directly), but torch turns its errors into RuntimeError.
-    check_forward(x, weight, bias, lora_A, lora_B, p, seed, stream)
+    seed = seed_tensor("lora_linear", seed, x.device) if p > 0.0 else None
     y: Tensor = torch.ops.collm_fast.lora_linear(x, weight, bias, lora_A, lora_B, scaling, p, seed, stream)[0]
     return y
 
@@ -263,7 +269,7 @@ def lora_linear_group(
     """
     lengths = [len(weights), len(biases), len(lora_As), len(lora_Bs)]
     require(len(set(lengths)) == 1, "lists of equal length", lengths, "lora_linear_group")
-    seed = _seed_tensor(seed, x.device)
+    seed = seed_tensor("lora_linear_group", seed, x.device)
     return [
         lora_linear(x, w, b, lora_a, lora_b, scaling, dropout_p=dropout_p, seed=seed, training=training, stream=j)
         for j, (w, b, lora_a, lora_b) in enumerate(zip(weights, biases, lora_As, lora_Bs, strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from collm_fast import _native, reference
 from collm_fast.graph import BipartiteGraph
+from collm_fast.ops._arguments import dtype_name, require, seed_tensor, without_autocast
 from collm_fast.ops._device_errors import error_records, raise_device_errors
 
 _OP = "lightgcn_propagate"
@@ -21,7 +22,7 @@ _LOW = (torch.float32, torch.bfloat16, torch.float16)
 # What a Triton kernel may find wrong, in the order of its records.
 _RULES = (
     f"{_OP}: expected rows in [0, ",
-    f"{_OP}: expected crow to rise inside [0, ",
+    f"{_OP}: expected crow to rise from 0 to nnz (",
     f"{_OP}: expected col in [0, ",
 )
 
@@ -35,30 +36,18 @@ _native.LIBRARY.define(
 )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _require(ok: bool, op: str, rule: str, got: object) -> None:
-    # The sentence of csrc/checks.h. `got` is formatted only when it is needed: this runs at every call.
-    if not ok:
-        if isinstance(got, Tensor):
-            got = list(got.shape)
-        raise ValueError(f"{op}: expected {rule}, got {_name(got) if isinstance(got, torch.dtype) else got}")
-
-
 def _check_graph(op: str, x: Tensor, crow: Tensor, col: Tensor, inv: Tensor, nodes: int) -> None:
-    _require(crow.dim() == 1 and crow.shape[0] == nodes + 1, op, f"crow of shape [{nodes + 1}]", crow)
-    _require(crow.dtype == torch.int64, op, "crow in int64", crow.dtype)
-    _require(col.dim() == 1, op, "col of shape [nnz]", col)
-    _require(col.dtype == torch.int32, op, "col in int32", col.dtype)
-    _require(inv.dim() == 1 and inv.shape[0] == nodes, op, f"inv_sqrt_degree of shape [{nodes}]", inv)
-    _require(inv.dtype == torch.float32, op, "inv_sqrt_degree in float32", inv.dtype)
-    _require(nodes < 2**31, op, "fewer than 2^31 nodes", nodes)
+    require(crow.dim() == 1 and crow.shape[0] == nodes + 1, op, f"crow of shape [{nodes + 1}]", crow)
+    require(crow.dtype == torch.int64, op, "crow in int64", crow.dtype)
+    require(col.dim() == 1, op, "col of shape [nnz]", col)
+    require(col.dtype == torch.int32, op, "col in int32", col.dtype)
+    require(inv.dim() == 1 and inv.shape[0] == nodes, op, f"inv_sqrt_degree of shape [{nodes}]", inv)
+    require(inv.dtype == torch.float32, op, "inv_sqrt_degree in float32", inv.dtype)
+    require(nodes < 2**31, op, "fewer than 2^31 nodes", nodes)
     contiguous = crow.is_contiguous() and col.is_contiguous() and inv.is_contiguous()
-    _require(contiguous, op, "contiguous crow, col and inv_sqrt_degree", "strided ones")
+    require(contiguous, op, "contiguous crow, col and inv_sqrt_degree", "strided ones")
     for what, tensor in (("crow", crow), ("col", col), ("inv_sqrt_degree", inv)):
-        _require(tensor.device == x.device, op, f"{what} on the device of x", "another")
+        require(tensor.device == x.device, op, f"{what} on the device of x", "another")
 
 
 def _check_options(
@@ -73,23 +62,23 @@ def _check_options(
 ) -> None:
     float64 = x.device.type != "cuda"
     served = (*_LOW, torch.float64) if float64 else _LOW
-    _require(x.dtype in served, op, f"{x_name} in {', '.join(map(_name, served))}", x.dtype)
-    _require(num_layers >= 0, op, "num_layers >= 0", num_layers)
+    require(x.dtype in served, op, f"{x_name} in {', '.join(map(dtype_name, served))}", x.dtype)
+    require(num_layers >= 0, op, "num_layers >= 0", num_layers)
     if storage_dtype is not None:
         wide = x.dtype == torch.float64
         rule = "float64 where x is float64" if wide else "one of float32, bfloat16, float16"
         ok = storage_dtype == torch.float64 if wide else storage_dtype in _LOW
-        _require(ok, op, f"storage_dtype None or {rule}", storage_dtype)
+        require(ok, op, f"storage_dtype None or {rule}", storage_dtype)
     if rows is not None:
-        _require(rows.dim() == 1, op, "rows of shape [B]", rows)
-        _require(rows.dtype == torch.int64, op, "rows in int64", rows.dtype)
-        _require(rows.device == x.device, op, "rows on the device of x", "another")
-    _require(0.0 <= dropout_p < 1.0, op, "dropout_p in [0, 1)", dropout_p)
-    _require(dropout_p == 0.0 or seed is not None, op, "a seed where dropout_p > 0", None)
+        require(rows.dim() == 1, op, "rows of shape [B]", rows)
+        require(rows.dtype == torch.int64, op, "rows in int64", rows.dtype)
+        require(rows.device == x.device, op, "rows on the device of x", "another")
+    require(0.0 <= dropout_p < 1.0, op, "dropout_p in [0, 1)", dropout_p)
+    require(dropout_p == 0.0 or seed is not None, op, "a seed where dropout_p > 0", None)
     if seed is not None:
-        _require(seed.dtype == torch.int64, op, "seed in int64", seed.dtype)
-        _require(seed.numel() == 1, op, "seed of one element", seed)
-        _require(seed.device == x.device, op, "seed on the device of x", "another")
+        require(seed.dtype == torch.int64, op, "seed in int64", seed.dtype)
+        require(seed.numel() == 1, op, "seed of one element", seed)
+        require(seed.device == x.device, op, "seed on the device of x", "another")
 
 
 def _check_forward(
@@ -103,7 +92,7 @@ def _check_forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    _require(x.dim() == 2, _OP, "x of shape [N, D]", x)
+    require(x.dim() == 2, _OP, "x of shape [N, D]", x)
     _check_graph(_OP, x, crow, col, inv, x.shape[0])
     _check_options(_OP, "x", x, num_layers, storage_dtype, rows, dropout_p, seed)
 
@@ -119,31 +108,31 @@ def _check_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    _require(grad.dim() == 2, _BACKWARD, "grad of shape [B, D]", grad)
-    _require(crow.dim() == 1 and crow.numel() >= 1, _BACKWARD, "crow of shape [N + 1]", crow)
+    require(grad.dim() == 2, _BACKWARD, "grad of shape [B, D]", grad)
+    require(crow.dim() == 1 and crow.numel() >= 1, _BACKWARD, "crow of shape [N + 1]", crow)
     _check_graph(_BACKWARD, grad, crow, col, inv, crow.shape[0] - 1)
     _check_options(_BACKWARD, "grad", grad, num_layers, storage_dtype, rows, dropout_p, seed)
-    _require(rows.numel() == grad.shape[0], _BACKWARD, f"rows of shape [{grad.shape[0]}]", rows)
+    require(rows.numel() == grad.shape[0], _BACKWARD, f"rows of shape [{grad.shape[0]}]", rows)
 
 
 def _check_values(op: str, crow: Tensor, col: Tensor, rows: Tensor | None) -> None:
-    """What only the values show. On CUDA torch's own indexing guards the reference, without waiting for the device."""
-    if crow.device.type != "cpu":
-        return
+    """What only the values show; on a GPU this waits for the device."""
     nodes, nnz = crow.numel() - 1, col.numel()
     if rows is not None and rows.numel():
         outside = (rows < 0) | (rows >= nodes)
         if bool(outside.any()):
             at = int(outside.long().argmax())
-            _require(False, op, f"rows in [0, {nodes})", f"{int(rows[at])} at position {at}")
-    falls = bool((crow.diff() < 0).any())
-    ok = not falls and int(crow[0]) == 0 and int(crow[-1]) == nnz
-    got = "one that falls" if falls else "another first or last value"
-    _require(ok, op, f"crow to rise from 0 to nnz = {nnz}", got)
+            require(False, op, f"rows in [0, {nodes})", f"{int(rows[at])} at position {at}")
+    falls = crow.diff() < 0
+    first, last = int(crow[0]), int(crow[-1])
+    rule = f"crow to rise from 0 to nnz ({nnz})"
+    if bool(falls.any()):
+        require(False, op, rule, int(crow[1:][falls][0]))
+    require(first == 0 and last == nnz, op, rule, first if first != 0 else last)
     outside = (col < 0) | (col >= nodes)
     if bool(outside.any()):
         at = int(outside.long().argmax())
-        _require(False, op, f"col in [0, {nodes})", f"{int(col[at])} at edge {at}")
+        require(False, op, f"col in [0, {nodes})", f"{int(col[at])} at edge {at}")
 
 
 def _graph_of(crow: Tensor, col: Tensor, inv: Tensor) -> BipartiteGraph:
@@ -159,7 +148,7 @@ def _forward_reference(*args: Any) -> Tensor:
     out = reference.lightgcn_propagate(
         x, graph, num_layers, storage_dtype=storage_dtype, rows=rows, dropout_p=dropout_p, seed=seed
     )
-    return out.clone() if out.data_ptr() == x.data_ptr() else out.contiguous()
+    return out.clone(memory_format=torch.contiguous_format) if out.data_ptr() == x.data_ptr() else out.contiguous()
 
 
 def _backward_reference(*args: Any) -> Tensor:
@@ -181,7 +170,8 @@ def _forward_triton(*args: Any) -> Tensor:
 
     raise_device_errors()
     _check_forward(*args)
-    _check_values(_OP, args[1], args[2], args[6])
+    if not args[0].is_cuda:
+        _check_values(_OP, args[1], args[2], args[6])
     out: Tensor = kernels.propagate(*args, error_records(_RULES, args[0].device))
     return out
 
@@ -191,7 +181,8 @@ def _backward_triton(*args: Any) -> Tensor:
 
     raise_device_errors()
     _check_backward(*args)
-    _check_values(_BACKWARD, args[1], args[2], args[6])
+    if not args[0].is_cuda:
+        _check_values(_BACKWARD, args[1], args[2], args[6])
     out: Tensor = kernels.propagate_backward(*args, error_records(_RULES, args[0].device))
     return out
 
@@ -228,14 +219,17 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     num_layers, storage_dtype, dropout_p = ctx.options
     args = (grad, crow, col, inv, num_layers, storage_dtype, rows, dropout_p, seed)
     op = torch.ops.collm_fast.lightgcn_propagate if rows is None else torch.ops.collm_fast.lightgcn_propagate_backward
-    return (op(*args), *(None,) * 8)
+    # The forward's autocast has chosen the dtype; another around .backward() must not round the gradient.
+    with without_autocast():
+        return (op(*args), *(None,) * 8)
 
 
 def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     crow, col, inv, rows, seed = ctx.saved_tensors
     num_layers, storage_dtype, dropout_p = ctx.options
     args = (grad, crow, col, inv, num_layers, storage_dtype, rows, dropout_p, seed)
-    return (torch.ops.collm_fast.lightgcn_propagate(*args), *(None,) * 8)
+    with without_autocast():
+        return (torch.ops.collm_fast.lightgcn_propagate(*args), *(None,) * 8)
 
 
 torch.library.register_autograd(
@@ -248,10 +242,8 @@ torch.library.register_autograd(
 
 def _register_autocast(device: str, key: str) -> None:
     # torch.library.register_autocast would cast every floating tensor, inv_sqrt_degree too.
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
     def kernel(x: Tensor, *args: Any) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with without_autocast():
             if x.device.type == device and x.dtype in _LOW:
                 x = x.to(torch.get_autocast_dtype(device))
             result: Tensor = torch.ops.collm_fast.lightgcn_propagate(x, *args)
@@ -291,12 +283,11 @@ def lightgcn_propagate(
             torch.compile pass a tensor: an int is a constant of the compiled graph.
     Returns: [N, D], or [B, D] with `rows`, in x's dtype. Differentiable in x, twice if need be; deterministic.
     Raises: ValueError `lightgcn_propagate: expected <rule>, got <value>`. On CUDA a bad value inside crow, col or rows
-        is raised at the next synchronisation (`check_device_errors`).
+        is raised at the next synchronisation (`check_device_errors`), where a kernel has read it; on the CPU every
+        value is checked, read or not.
     Source: He et al., LightGCN (arXiv 2002.02126), equations 7 and 8.
     """
-    if isinstance(seed, int):
-        _require(-(2**63) <= seed < 2**63, _OP, "seed in [-2^63, 2^63)", seed)
-        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    seed = seed_tensor(_OP, seed, x.device)
     result: Tensor = torch.ops.collm_fast.lightgcn_propagate(
         x, graph.crow, graph.col, graph.inv_sqrt_degree, num_layers, storage_dtype, rows, dropout_p, seed
     )

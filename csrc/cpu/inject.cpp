@@ -92,6 +92,9 @@ Tensor embed_inject(const Tensor& token_ids, const Tensor& table, const Tensor& 
   }
   const auto sizes = shape_of_rows(token_ids, columns);
   Tensor out = torch::stable::new_empty(table, sizes);
+  if (out.numel() == 0) {
+    return out;
+  }
   const int64_t element = static_cast<int64_t>(table.element_size());
   const Source text = source(table, {1, table.stride(0), 0, table.stride(1)});
   const Source injected = source(rows, {1, rows.stride(0), 0, rows.stride(1)});
@@ -128,6 +131,9 @@ Tensor gather_rows(const Tensor& table, const Tensor& index) {
                                  const auto* values = dense.const_data_ptr<scalar_t>();
                                  check_values("gather_rows", "index", values, places, -1, table.size(0));
                                  Tensor result = torch::stable::new_empty(table, shape_of_rows(index, columns));
+                                 if (result.numel() == 0) {
+                                   return result;
+                                 }
                                  const Source from = source(table, {1, table.stride(0), 0, table.stride(1)});
                                  auto* to = static_cast<char*>(result.mutable_data_ptr());
                                  gather(from, values, to, places, columns, static_cast<int64_t>(table.element_size()));
@@ -257,6 +263,9 @@ Tensor scatter_rows(const Tensor& grad, const Tensor& index, int64_t num_rows) {
                                          ScalarType::Int, ScalarType::Long);
   const auto [readable, strides] = strided_rows(grad);
   Tensor out = torch::stable::new_empty(grad, std::vector<int64_t>{num_rows, columns});
+  if (out.numel() == 0) {
+    return out;
+  }
   const Source from = source(readable, strides);
   THO_DISPATCH_V2(grad.scalar_type(), "scatter_rows", AT_WRAP([&]() {
                     scatter<scalar_t>(where, from, out.mutable_data_ptr<scalar_t>(), num_rows, columns);

@@ -4,6 +4,7 @@
 // then adds x W^T (beta = 1). Backward: one pass over dy (ds, dB), one over x (dA, and dx's low-rank part, for which
 // the mask is drawn once), and the GEMM adds dy W. No mask and no masked x ever leaves the first-level cache.
 // Every sum has a fixed order that no number of threads and no vector width changes.
+#include "isa.h"
 #include "lora_checks.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -316,7 +317,7 @@ COLLM_INLINE void backward_rows(const Backward<T>& f, int64_t begin, int64_t end
   }
 }
 
-// The same bodies compiled for each instruction set; chosen once, at run time.
+// The same bodies compiled for each instruction set; isa.h chooses, at run time.
 template <typename T>
 struct Rows {
   using W = typename Wide<T>::type;
@@ -342,31 +343,16 @@ struct Rows {
   }
 #endif
 
-  static int level() {
-#if defined(COLLM_X86)
-    static const int chosen = [] {
-      __builtin_cpu_init();
-      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        return 2;
-      }
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-    }();
-    return chosen;
-#else
-    return 0;
-#endif
-  }
   static ForwardFn forward() {
 #if defined(COLLM_X86)
-    return level() == 2 ? forward_avx512 : level() == 1 ? forward_avx2 : forward_plain;
+    return isa() == Isa::avx512 ? forward_avx512 : isa() == Isa::avx2 ? forward_avx2 : forward_plain;
 #else
     return forward_plain;
 #endif
   }
   static BackwardFn backward() {
 #if defined(COLLM_X86)
-    return level() == 2 ? backward_avx512 : level() == 1 ? backward_avx2 : backward_plain;
+    return isa() == Isa::avx512 ? backward_avx512 : isa() == Isa::avx2 ? backward_avx2 : backward_plain;
 #else
     return backward_plain;
 #endif

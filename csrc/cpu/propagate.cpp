@@ -14,16 +14,19 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <optional>
-#include <string_view>
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../philox.h"
 #include "../propagate.h"
+#include "isa.h"
 #include "propagate_plan.h"
 
 namespace collm {
@@ -35,6 +38,7 @@ using torch::headeronly::Half;
 using torch::stable::parallel_for;
 
 constexpr const char* kOp = "lightgcn_propagate";
+constexpr const char* kBackward = "lightgcn_propagate_backward";
 
 // The inner loops of one instruction set, for tables stored as S and sums in A.
 template <typename S, typename A>
@@ -82,31 +86,13 @@ namespace avx512 {
 #endif
 #endif
 
-// COLLM_FAST_SIMD=avx2|baseline caps the choice, so that one machine can test every path.
-int choose_isa() {
-#if defined(__x86_64__)
-  const char* cap = std::getenv("COLLM_FAST_SIMD");
-  const std::string_view name = cap == nullptr ? "" : cap;
-  __builtin_cpu_init();
-  if (name != "avx2" && name != "baseline" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return 2;
-  }
-  if (name != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return 1;
-  }
-#endif
-  return 0;
-}
-
 template <typename S, typename A>
 Kernel<S, A> kernel() {
-  static const int isa = choose_isa();
 #if defined(__x86_64__)
-  if (isa == 2) {
+  if (isa() == Isa::avx512) {
     return avx512::kernel<S, A>();
   }
-  if (isa == 1) {
+  if (isa() == Isa::avx2) {
     return avx2::kernel<S, A>();
   }
 #endif
@@ -174,6 +160,15 @@ struct Sink {
   double keep;  // 1 / (1 - p): the factor of an edge that dropout kept
 };
 
+// Names the first column outside the graph, which has one.
+[[noreturn]] void fail_at_column(const char* op, const Graph& graph) {
+  int64_t e = 0;
+  while (graph.col[e] >= 0 && graph.col[e] < graph.nodes) {
+    ++e;
+  }
+  fail(op, "col in [0, ", graph.nodes, "), got ", graph.col[e], " at edge ", e);
+}
+
 template <typename S, typename A>
 struct Layer {
   const Graph& graph;
@@ -182,7 +177,7 @@ struct Layer {
   const int32_t* slot;  // if given, the table holds rows of these slots only: the first layer of a sparse backward
   Source<A> x;
   Sink sink;
-  bool check_columns;
+  const char* check_columns;  // the op that rejects a column outside the graph; null: they were checked before
   std::atomic<bool> outside{false};
 
   int64_t D() const { return x.D; }
@@ -216,7 +211,7 @@ struct Layer {
   }
 
   bool reject(int64_t begin, int64_t end) {
-    if (check_columns && kernel<S, A>().any_outside(graph.col, begin, end, graph.nodes)) {
+    if (check_columns != nullptr && kernel<S, A>().any_outside(graph.col, begin, end, graph.nodes)) {
       outside.store(true, std::memory_order_relaxed);
       return true;
     }
@@ -257,11 +252,7 @@ struct Layer {
       }
     });
     if (outside.load()) {
-      int64_t e = 0;
-      while (graph.col[e] >= 0 && graph.col[e] < graph.nodes) {
-        ++e;
-      }
-      fail(kOp, "col in [0, ", graph.nodes, "), got ", graph.col[e], " at edge ", e);
+      fail_at_column(check_columns, graph);
     }
     parallel_for(0, static_cast<int64_t>(plan.hubs.size()), 1, [&](int64_t first, int64_t last) {
       std::unique_ptr<A[]> buffer(new A[D()]);
@@ -284,8 +275,14 @@ void check_crow(const char* op, const int64_t* crow, int64_t nodes, int64_t nnz)
   for (int64_t i = 0; i < nodes; ++i) {
     falls |= crow[i + 1] < crow[i];
   }
-  COLLM_CHECK(!falls && crow[0] == 0 && crow[nodes] == nnz, op, "crow to rise from 0 to nnz = ", nnz, ", got ",
-              falls ? "one that falls" : "another first or last value");
+  if (!falls && crow[0] == 0 && crow[nodes] == nnz) [[likely]] {
+    return;
+  }
+  int64_t got = crow[0] != 0 ? crow[0] : crow[nodes];
+  for (int64_t i = nodes; falls && i > 0; --i) {
+    got = crow[i] < crow[i - 1] ? crow[i] : got;
+  }
+  fail(op, "crow to rise from 0 to nnz (", nnz, "), got ", got);
 }
 
 std::vector<int64_t> read_rows(const char* op, const Tensor& rows, int64_t nodes) {
@@ -306,8 +303,9 @@ struct CallGraph {
   std::unique_ptr<int64_t[]> end;
   double keep = 1.0;
 
-  CallGraph(const Tensor& crow, const Tensor& columns, const Tensor& inv, double dropout_p,
-            const std::optional<Tensor>& seed) {
+  // `all_columns`: check them here, because the layers to come do not read all of them.
+  CallGraph(const char* op, const Tensor& crow, const Tensor& columns, const Tensor& inv, double dropout_p,
+            const std::optional<Tensor>& seed, bool all_columns) {
     const int64_t* begin = static_cast<const int64_t*>(crow.data_ptr());
     graph = {begin,
              begin + 1,
@@ -316,16 +314,23 @@ struct CallGraph {
              crow.numel() - 1,
              columns.numel()};
     if (dropout_p > 0.0) {
-      drop(static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())), edge_threshold(dropout_p));
+      drop(op, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr())), edge_threshold(dropout_p));
       keep = 1.0 / (1.0 - dropout_p);
+    } else if (all_columns && kernel<float, float>().any_outside(graph.col, 0, graph.nnz, graph.nodes)) {
+      fail_at_column(op, graph);
     }
   }
 
   // One decision for each undirected edge, drawn once a call. A row's kept columns stay where the row begins.
-  void drop(uint64_t seed, uint32_t threshold) {
+  void drop(const char* op, uint64_t seed, uint32_t threshold) {
     col.reset(new int32_t[graph.nnz]);
     end.reset(new int64_t[graph.nodes]);
+    std::atomic<bool> outside{false};
     parallel_for(0, graph.nodes, 256, [&](int64_t first, int64_t last) {
+      if (kernel<float, float>().any_outside(graph.col, graph.begin[first], graph.end[last - 1], graph.nodes)) {
+        outside.store(true, std::memory_order_relaxed);
+        return;
+      }
       for (int64_t i = first; i < last; ++i) {
         int64_t next = graph.begin[i];
         for (int64_t e = graph.begin[i]; e < graph.end[i]; ++e) {
@@ -336,10 +341,13 @@ struct CallGraph {
           next += edge_keep(seed, user, item, threshold);
         }
         end[i] = next;
-        // A column that is only fetched ahead must be one too; a bad one that was dropped is never read.
+        // What lies behind is fetched ahead, and must be columns too.
         std::fill(col.get() + next, col.get() + graph.end[i], 0);
       }
     });
+    if (outside.load()) {
+      fail_at_column(op, graph);
+    }
     graph.col = col.get();
     graph.end = end.get();
   }
@@ -389,8 +397,8 @@ void run_layers(const Graph& graph, const Source<A>& x, int64_t first, int64_t K
     const bool is_result = k == K;
     const Tensor& target = is_result ? out : spare;
     const Sink sink{target.data_ptr(), is_result ? out.scalar_type() : storage, is_result, 1.0 / (K + 1.0), keep};
-    Layer<S, A> layer{graph, is_result ? last : *all, static_cast<const S*>(table.data_ptr()), nullptr, x, sink,
-                      k == 1};
+    Layer<S, A> layer{graph, is_result ? last : *all, static_cast<const S*>(table.data_ptr()), nullptr, x,
+                      sink,  k == 1 ? kOp : nullptr};
     layer.run();
     std::swap(table, spare);
   }
@@ -411,7 +419,8 @@ Tensor propagate(const Tensor& x, const Tensor& crow, const Tensor& col, const T
   if (count == 0 || D == 0) {
     return out;
   }
-  const CallGraph call(crow, col, inv, num_layers > 0 ? dropout_p : 0.0, seed);
+  const bool all_columns = num_layers == 0 || (rows && num_layers == 1);
+  const CallGraph call(kOp, crow, col, inv, num_layers > 0 ? dropout_p : 0.0, seed, all_columns);
   const ScalarType storage = storage_dtype.value_or(accumulator(x.scalar_type()));
   dispatch_storage(storage, [&](auto s_tag, auto a_tag) {
     using S = decltype(s_tag);
@@ -490,7 +499,7 @@ void propagate_sparse(const Graph& graph, const SparseGradient<A>& sparse, int64
   const Plan all = make_plan(graph, nullptr, graph.nodes);
   Tensor table = K == 1 ? out : torch::stable::new_empty(out, {graph.nodes, D}, storage);
   const Sink sink{table.data_ptr(), table.scalar_type(), K == 1, 1.0 / (K + 1.0), keep};
-  Layer<A, A> layer{graph, all, scaled.get(), sparse.slot.data(), from, sink, true};
+  Layer<A, A> layer{graph, all, scaled.get(), sparse.slot.data(), from, sink, kBackward};
   layer.run();
   if (K > 1) {
     run_layers<S, A>(graph, from, 2, K, table, &all, all, out, keep);
@@ -500,7 +509,7 @@ void propagate_sparse(const Graph& graph, const SparseGradient<A>& sparse, int64
 Tensor propagate_backward(const Tensor& grad, const Tensor& crow, const Tensor& col, const Tensor& inv,
                           int64_t num_layers, std::optional<ScalarType> storage_dtype, const Tensor& rows,
                           double dropout_p, std::optional<Tensor> seed) {
-  constexpr const char* op = "lightgcn_propagate_backward";
+  constexpr const char* op = kBackward;
   COLLM_CHECK(grad.dim() == 2, op, "grad of shape [B, D], got ", shape(grad));
   COLLM_CHECK(crow.dim() == 1 && crow.numel() >= 1, op, "crow of shape [N + 1], got ", shape(crow));
   const int64_t nodes = crow.numel() - 1, D = grad.size(1);
@@ -513,7 +522,7 @@ Tensor propagate_backward(const Tensor& grad, const Tensor& crow, const Tensor& 
   if (nodes == 0 || D == 0) {
     return out;
   }
-  const CallGraph call(crow, col, inv, num_layers > 0 ? dropout_p : 0.0, seed);
+  const CallGraph call(op, crow, col, inv, num_layers > 0 ? dropout_p : 0.0, seed, num_layers == 0);
   const ScalarType storage = storage_dtype.value_or(accumulator(grad.scalar_type()));
   dispatch_storage(storage, [&](auto s_tag, auto a_tag) {
     using A = decltype(a_tag);

@@ -36,19 +36,39 @@ __attribute__((always_inline)) inline void load(const BFloat16* from, Vector<flo
   __builtin_memcpy(&to, &words, sizeof(to));
 }
 
-// float16 by its bits: shifted into place as a float32 it is 2^-112 of its value; infinity and NaN get their exponent.
+// float16 by the processor's instruction where there is one; else by its bits. Neither ever holds a subnormal float32,
+// so small values survive torch.set_flush_denormal.
 __attribute__((always_inline)) inline void load(const Half* from, Vector<float>::type& to) {
   Halves halves;
   __builtin_memcpy(&halves, from, sizeof(halves));
+#if COLLM_LANE_BYTES == 64
+  __m256i bits;
+  __builtin_memcpy(&bits, &halves, sizeof(bits));
+  // Zeroed, not undefined, is what a masked-out lane would be: g++ 12 warns of the plain intrinsic.
+  const __m512 value = _mm512_maskz_cvtph_ps(static_cast<__mmask16>(0xFFFF), bits);
+  __builtin_memcpy(&to, &value, sizeof(to));
+#elif COLLM_LANE_BYTES == 32
+  __m128i bits;
+  __builtin_memcpy(&bits, &halves, sizeof(bits));
+  const __m256 value = _mm256_cvtph_ps(bits);
+  __builtin_memcpy(&to, &value, sizeof(to));
+#else
   const Words words = __builtin_convertvector(halves, Words);
-  Words magnitude = (words & 0x7FFFu) << 13;
-  Vector<float>::type value;
-  __builtin_memcpy(&value, &magnitude, sizeof(value));
-  value *= 0x1p112f;
-  __builtin_memcpy(&magnitude, &value, sizeof(value));
-  const Words special = (Words)((words & 0x7C00u) == 0x7C00u) & 0x7F800000u;
-  magnitude |= special | ((words & 0x8000u) << 16);
-  __builtin_memcpy(&to, &magnitude, sizeof(to));
+  const Words exponent = words & 0x7C00u, shifted = (words & 0x7FFFu) << 13;
+  // A normal number's exponent moves by 127 - 15; infinity's and NaN's to the end.
+  const Words normal = shifted + (112u << 23) + ((Words)(exponent == 0x7C00u) & (112u << 23));
+  // A subnormal m 2^-24 is (2^-14 + m 2^-24) - 2^-14.
+  const Words one = Words{} + (113u << 23), sum = shifted + one;
+  Vector<float>::type small, offset;
+  __builtin_memcpy(&small, &sum, sizeof(small));
+  __builtin_memcpy(&offset, &one, sizeof(offset));
+  small -= offset;
+  Words subnormal;
+  __builtin_memcpy(&subnormal, &small, sizeof(subnormal));
+  const Words tiny = (Words)(exponent == 0u);
+  const Words result = (tiny & subnormal) | (~tiny & normal) | ((words & 0x8000u) << 16);
+  __builtin_memcpy(&to, &result, sizeof(to));
+#endif
 }
 
 // sum[0 .. V lanes) = the sum of those columns of the rows col[begin .. end). Accumulators stay in registers.
