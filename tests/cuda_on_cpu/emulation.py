@@ -50,10 +50,18 @@ def has_compiler() -> bool:
 
 
 @functools.cache
-def build(main: str, *defines: str) -> Path:
+def build(main: str, *defines: str, include: str = ".") -> Path:
     """Compiles a main of this folder once a process; defines are `NAME=VALUE`. Returns the program."""
     binary = Path(_folder().name) / f"{Path(main).stem}_{abs(hash(defines))}"
-    command = ["g++", *FLAGS, f"-I{HERE}", f"-I{CSRC}", *(f"-D{define}" for define in defines), str(HERE / main)]
+    command = [
+        "g++",
+        *FLAGS,
+        f"-I{HERE / include}",
+        f"-I{HERE}",
+        f"-I{CSRC}",
+        *(f"-D{define}" for define in defines),
+        str(HERE / main),
+    ]
     done = subprocess.run([*command, "-o", str(binary)], capture_output=True, text=True)
     if done.returncode != 0:
         raise EmulatorError(f"{main} does not compile:\n{done.stderr[-8000:]}")
