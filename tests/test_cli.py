@@ -269,12 +269,14 @@ def test_other_commands(world, tmp_path, capsys):
     assert set(json.loads(capsys.readouterr().out)) == {"version", "torch", "device", "simd", "ops", "problems"}
     assert "did you mean train?" in error_of(capsys, ["trian"])
     assert "a later version brings" in error_of(capsys, ["import-official"])
-    assert "expected one of" in error_of(capsys, ["bench", "nothing"])
-    assert "expected one of" in error_of(capsys, ["bench"])
+    assert "bench: expected" in error_of(capsys, ["bench", "nothing"])  # one of them, or a checkout
+    assert "bench: expected" in error_of(capsys, ["bench"])
     with pytest.raises(ValueError, match="expected a checkout"):
         bench.run_bench(["propagate"], tmp_path / "nothing")
     (tmp_path / "bench_x.py").write_text("import sys; sys.exit(len(sys.argv) - 1)")
     assert bench.run_bench(["x", "a", "b", "c"], tmp_path) == 3
+    with pytest.raises(ValueError, match="expected one of compare, x, got 'y'"):
+        bench.run_bench(["y"], tmp_path)
     with pytest.raises(SystemExit) as left:
         main(["train", "--help"])
     assert left.value.code == 0 and "--limit-train" in capsys.readouterr().out

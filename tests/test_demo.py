@@ -45,7 +45,7 @@ def test_a_demo_leaves_a_whole_run_with_all_baselines(world):
     assert list(metrics) == ["item_mean", "item_user_mean", "cf", "stage1", "stage2"]
     report = (out / "report.md").read_text()
     for wanted in (
-        "logistic regression on: pair",
+        "logistic, product alone",
         "lightgcn" if "mf" in report else "mf",
         "not fitted to",
         "collm-fast demo",
