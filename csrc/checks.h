@@ -78,6 +78,11 @@ inline std::string name(ScalarType type) {
 
 inline std::string dtype(const Tensor& tensor) { return name(tensor.scalar_type()); }
 
+// Python's name of a tensor's device.
+inline std::string device_of(const Tensor& tensor) {
+  return tensor.is_cpu() ? "cpu" : tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another";
+}
+
 template <typename T>
 const T& as_text(const T& part) {
   return part;

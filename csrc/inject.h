@@ -27,10 +27,6 @@ inline bool is_float(ScalarType type) {
          type == ScalarType::BFloat16;
 }
 
-inline std::string device_of(const Tensor& tensor) {
-  return tensor.is_cpu() ? "cpu" : tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another";
-}
-
 inline void check_device(const char* op, const char* what, const Tensor& tensor, const char* first,
                          const Tensor& other) {
   COLLM_CHECK(tensor.device() == other.device(), op, what, " on ", first, "'s device ", device_of(other), ", got ",

@@ -41,8 +41,8 @@ inline bool has_shape(const Tensor& tensor, std::vector<int64_t> sizes, int64_t 
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& tensor, const char* of, const Tensor& x) {
-  COLLM_CHECK(tensor.is_cuda() == x.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, name, " on ",
-              of, "'s device, got another");
+  COLLM_CHECK(tensor.device() == x.device(), op, name, " on ", of, "'s device ", device_of(x), ", got ",
+              device_of(tensor));
 }
 
 inline void check_dtypes(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
