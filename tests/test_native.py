@@ -132,6 +132,34 @@ def test_a_library_that_does_not_load_is_explained(problems: list[str], text: st
     assert problems[0].startswith(f"CUDA kernels: {expected}") and "; do: " in problems[0]
 
 
+def test_a_broken_library_is_reported(problems: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_native, "FOLDER", tmp_path)
+    assert not _native._load_library("cpu") and problems == []
+    (tmp_path / "libcollm_fast_cpu.so").write_bytes(b"not a library")
+    assert not _native._load_library("cpu")
+    assert problems[0].startswith("CPU kernels: built for another system (")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ModuleNotFoundError("no"), "_C: built for _C.cpython-27.so, found a Python that wants _C."),
+        (ImportError("wrong ELF class"), "_C: built for another system (wrong ELF class), found _C."),
+    ],
+)
+def test_a_module_that_does_not_load_is_reported(
+    problems: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: ImportError, expected: str
+) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    (tmp_path / "_C.cpython-27.so").write_bytes(b"")
+    monkeypatch.setattr(_native, "FOLDER", tmp_path)
+    monkeypatch.setattr(_native.importlib, "import_module", fail)
+    assert _native._load_module() is None
+    assert problems[0].startswith(expected)
+
+
 @pytest.mark.parametrize(
     ("built", "expected"),
     [

