@@ -42,8 +42,8 @@ class MachineClass:
     eval_prompt: float
 
 
-BF16 = MachineClass("bfloat16 products", 1000, 0.14, 0.052)
-FLOAT32 = MachineClass("float32 products", 500, 0.19, 0.077)
+BF16 = MachineClass("bfloat16 products", 1000, 0.08, 0.03)
+FLOAT32 = MachineClass("float32 products", 500, 0.13, 0.055)
 # A second core adds less than its share: small products, and one thread between them.
 CORE_EXPONENT = 0.75
 OTHER_SECONDS = 60.0  # data, both collaborative models, loading, report
