@@ -135,8 +135,12 @@ def _predict(config: PredictConfig, command: str) -> None:
         raise ValueError("predict: expected --pairs FILE and --out FILE, got none")
     check_suffix(config.out, "out")
     pairs = read_table(config.pairs, ["user", "item"], "pairs")
-    score = collm_fast.open_run(config.run).score(pairs["user"], pairs["item"], config.at)
-    write_table(config.out, {"user": pairs["user"], "item": pairs["item"], "score": score})
+    run = collm_fast.open_run(config.run)
+    score = run.score(pairs["user"], pairs["item"], config.at)
+    # As the dataset has the ids: a CSV of pairs is read as text.
+    users = run.dataset.raw_users[run.dataset.user_index(pairs["user"])]
+    items = run.dataset.raw_items[run.dataset.item_index(pairs["item"])]
+    write_table(config.out, {"user": users, "item": items, "score": score})
     print(f"{config.out}: {score.size} scores")
 
 
@@ -163,7 +167,8 @@ def _ablate(config: AblateConfig, command: str) -> None:
     from collm_fast.training.pipeline import run_training
 
     values = {**RunFolder.open(config.run).config(), "out": str(config.run), "resume": "auto"}
-    changed = from_mapping(TrainConfig, {**values, "ablations": list(config.inputs)})
+    inputs = [*values.get("ablations", ()), *config.inputs]
+    changed = from_mapping(TrainConfig, {**values, "ablations": list(dict.fromkeys(inputs))})
     if changed.stage == "lora":
         changed = replace(changed, stage="both")
     _print_run(run_training(changed, command=command, say=print))

@@ -117,7 +117,7 @@ class Run:
 
     @cached_property
     def _base(self) -> Base:
-        base = Base.load(self.config, self.dataset)
+        base = Base.load(self.config, self.dataset, self.record.get("prompts"))
         if base.fingerprint != self.record["llm"]["fingerprint"]:
             # One model in another precision is another model to the bit; say which it was.
             was = f"{self.record['llm']['name']} in {self.record['dtype']}"
@@ -137,8 +137,10 @@ class Run:
         if row == "stage1":
             return self._base.model("stage1", self.config)
         inputs = row.removeprefix("stage2") or "embedding"
-        name = mapper_file("embedding" if inputs == self.config.mapper.inputs else inputs)
-        mapper = load_mapper(self.path / name)
+        path = self.path / mapper_file(inputs, self.config.mapper.inputs)
+        mapper = load_mapper(path)
+        if mapper.config.inputs != inputs:
+            raise ValueError(f"mapper: expected one that reads {inputs} in {path}, got {mapper.config.inputs}")
         seen = ~held_out_rows(self.dataset.splits["train"], self.cf.config.held_out)
         stats = statistics(mapper.config, self.dataset, seen)
         return self._base.model("stage2", self.config, with_biases(self.cf), mapper, stats)

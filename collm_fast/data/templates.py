@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,19 @@ class PromptTemplate:
         """The text of each wording after its last tag: what an answer follows."""
         return tuple("" if pieces[-1] in TAGS else pieces[-1] for pieces in self.variants)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Each wording as it was written; `from_texts` undoes it."""
+        return tuple("".join(pieces) for pieces in self.variants)
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], *, stage: int) -> PromptTemplate:
+        """A template of several wordings.
+
+        Raises: ValueError as `parse`.
+        """
+        return cls(tuple(_parse(text, stage) for text in texts), stage)
+
     @classmethod
     def parse(cls, text: str, *, stage: int) -> PromptTemplate:
         """One wording from its text.
@@ -53,7 +67,7 @@ class PromptTemplate:
         Raises: ValueError that names the tag and the stage: stage 1 needs <ItemTitleList> and <TargetItemTitle> and
         has no embeddings for the ID tags; stage 2 needs <UserID> and <TargetItemID>.
         """
-        return cls((_parse(text, stage),), stage)
+        return cls.from_texts([text], stage=stage)
 
     @classmethod
     def load(cls, source: str | None, domain: str, *, stage: int) -> PromptTemplate:
@@ -75,7 +89,7 @@ class PromptTemplate:
         texts = dict.fromkeys(line.rstrip("\r") for line in lines if line.strip())
         if not texts:
             raise ValueError(f"prompt: expected a template in {file}, got an empty file")
-        return cls(tuple(_parse(text, stage) for text in texts), stage)
+        return cls.from_texts(texts, stage=stage)
 
 
 def builtin(domain: str, stage: int) -> str:

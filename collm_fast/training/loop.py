@@ -133,12 +133,7 @@ def train_stage(
                 except Interrupted:
                     _save(loop, options)
                     raise
-                if not np.isfinite(logits).all():
-                    bad = int(np.flatnonzero(~np.isfinite(logits))[0])
-                    raise FloatingPointError(
-                        f"{options.name}: expected finite validation scores, got {logits[bad]} at step {loop.step}, "
-                        f"row {bad} of the validation sample"
-                    )
+                check_finite(options.name, "validation", logits, loop.step)
                 value = metrics.auc(logits, valid.label).value
                 loop.evaluation(value, logits)
                 _event(options, "valid/auc", value, loop.step)
@@ -190,6 +185,16 @@ def train_stage(
     loop.load_best()
     best = loop.best_logits.numpy()
     return LoopResult(loop.step, loop.best_step, loop.best_auc, best, loop.history, resumed_from, prompts)
+
+
+def check_finite(stage: str, sample: str, logits: np.ndarray, step: int) -> None:
+    """Raises: FloatingPointError that names the first row whose score is not finite."""
+    if not np.isfinite(logits).all():
+        bad = int(np.flatnonzero(~np.isfinite(logits))[0])
+        raise FloatingPointError(
+            f"{stage}: expected finite {sample} scores, got {logits[bad]} at step {step}, "
+            f"row {bad} of the {sample} sample"
+        )
 
 
 def _not_finite(stage: str, what: str, value: float, step: int, rows: np.ndarray) -> FloatingPointError:

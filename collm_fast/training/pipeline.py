@@ -7,13 +7,10 @@ are `loop.py`'s.
 from __future__ import annotations
 
 import logging
-import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,8 @@ from collm_fast.report import write_report
 from collm_fast.training.cf import fit_cf, held_out_rows
 from collm_fast.training.controls import control_scores
 from collm_fast.training.interrupt import Stop
-from collm_fast.training.loop import LoopOptions, total_steps, train_stage
+from collm_fast.training.loop import LoopOptions, check_finite, total_steps, train_stage
+from collm_fast.training.record import begin, is_done, last_step, undone_on_bad_input
 from collm_fast.training.scores import add_controls, add_scores, baseline_scores
 from collm_fast.training.stages import (
     Base,
@@ -81,29 +79,27 @@ def run_training(
     resume = RunFolder.check_new(config.out, to_mapping(config), config.resume == "auto")
     if resume and _finished(RunFolder(config.out), config):
         folder = RunFolder(config.out)
-        say(f"resumed from step {_last_step(folder)}: the run in {config.out} is complete")
+        say(f"resumed from step {last_step(folder)}: the run in {config.out} is complete")
         return folder
-    existed = config.out.exists()
-    with Stop() as stop:
-        try:
-            dataset = load_dataset(config.data)
-            given = given_cf(config, dataset)
-            rows = choose_rows(config, dataset, held_out_of(config, given))
-            base = Base.load(config, dataset)
-            if config.stage != "cie":
-                fresh_lora(base, config.lora, config.seed)
-            folder = _start(config, dataset, base, rows, command)
-            if resume:
-                say(f"resumed from step {_last_step(folder)}")
-            with _timed(folder, "collaborative model"):
-                cf = _collaborative(config, dataset, given, folder, progress)
-            _parts(Work(config, dataset, base, folder, cf, rows, stop, resume, progress))
-        except ValueError:
-            # Bad input that only showed now: leave no half-written run behind, unless a part of it was done.
-            if not existed and config.out.is_dir() and not RunFolder(config.out).record.get("stages"):
-                shutil.rmtree(config.out)
-            raise
+    # Bad input that only shows later leaves no half-written run behind.
+    with Stop() as stop, nullcontext() if resume else undone_on_bad_input(config.out):
+        dataset = load_dataset(config.data)
+        given = given_cf(config, dataset, config.out if resume else None)
+        rows = choose_rows(config, dataset, held_out_of(config, given))
+        base = Base.load(config, dataset)
+        if config.stage != "cie":
+            fresh_lora(base, config.lora, config.seed)
+        folder = begin(config, dataset, base, rows, command)
+        if resume:
+            say(f"resumed from step {last_step(folder)}")
+        with _timed(folder, "collaborative model"):
+            cf = _collaborative(config, dataset, given, folder, progress)
+        _parts(Work(config, dataset, base, folder, cf, rows, stop, resume, progress))
     return folder
+
+
+def _finished(folder: RunFolder, config: TrainConfig) -> bool:
+    return all(is_done(folder, row) for row, _ in wanted_rows(config)) and (folder.path / "report.html").is_file()
 
 
 def wanted_rows(config: TrainConfig) -> list[tuple[str, MapperConfig | None]]:
@@ -130,61 +126,10 @@ def _baselines(work: Work) -> None:
             add_scores(work.folder, work.dataset, name, split, row, scores, seed=work.config.seed)
 
 
-def _finished(folder: RunFolder, config: TrainConfig) -> bool:
-    stages = folder.record.get("stages", {})
-    done = all(stages.get(row, {}).get("done") for row, _ in wanted_rows(config))
-    return done and (folder.path / "report.html").is_file()
-
-
-def _last_step(folder: RunFolder) -> int:
-    """The step of the stage that was under way, or of the last finished one; 0 where nothing has begun."""
-    stages = [path for path in (folder.path / "checkpoints").glob("*") if newest_step(path) is not None]
-    if not stages:
-        return 0
-    return newest_step(max(stages, key=lambda path: max(file.stat().st_mtime_ns for file in path.iterdir()))) or 0
-
-
-def _start(config: TrainConfig, dataset: Dataset, base: Base, rows: dict[str, IntArray], command: str) -> RunFolder:
-    """Write what is known of a run before it begins."""
-    folder = RunFolder(config.out)
-    if (folder.record.get("llm", {}).get("fingerprint") or base.fingerprint) != base.fingerprint:
-        raise ValueError(f"llm: expected the model that the run in {config.out} began with, got another {config.llm}")
-    folder.write_config(to_mapping(config))
-    train = dataset.splits["train"]
-    rule = "all its training rows (the collaborative model was fitted to them too)"
-    if config.cie_rows == "held-out":
-        rule = "rows that the collaborative model was not fitted to (the latest of each user)"
-    before = folder.record.get("commands", [])
-    folder.update(
-        commands=before if command in before else [*before, command],
-        seed=config.seed,
-        device=str(base.device),
-        dtype=str(base.dtype).removeprefix("torch."),
-        versions=_versions(),
-        data={
-            "path": str(config.data),
-            "source": dataset.meta.get("source"),
-            "split_rule": dataset.meta.get("split", {}).get("rule"),
-            "fingerprint": dataset.fingerprint,
-        },
-        llm={"name": config.llm, "fingerprint": base.fingerprint},
-        rows={
-            **{name: int(index.size) for name, index in rows.items()},
-            "train_all": len(train),
-            "valid_all": len(dataset.splits["valid"]),
-            "test_all": len(dataset.splits["test"]),
-            "stage2_rule": rule if config.stage != "lora" else None,
-        },
-    )
-    return folder
-
-
 def _collaborative(
     config: TrainConfig, dataset: Dataset, given: CFModel | None, folder: RunFolder, progress: bool
 ) -> CFModel:
-    """The frozen collaborative model of the run: given, already fitted here, or fitted now."""
-    if (folder.path / "cf.safetensors").is_file():
-        return CFModel.load(folder.path)
+    """The frozen collaborative model of the run: given, or fitted now."""
     cf = given
     if cf is None:
         # One --seed serves the whole run; a seed given for the collaborative model itself wins.
@@ -204,7 +149,7 @@ def _parts(work: Work) -> None:
         work.stop.check()
         if mapper is not None and (adapter / "adapter_config.json").is_file():
             _ensure_adapter(work, adapter)
-        if work.folder.record.get("stages", {}).get(row, {}).get("done"):
+        if is_done(work.folder, row):
             continue
         with _timed(work.folder, row):
             _stage(work, row, mapper)
@@ -274,8 +219,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
     if mapper is None:
         save_adapter(base.llm, folder.path / "adapter", config.llm, config.lora)
     else:
-        main = mapper_config is not None and mapper_config.inputs == config.mapper.inputs
-        name = mapper_file("embedding" if main else mapper.config.inputs)
+        name = mapper_file(mapper.config.inputs, config.mapper.inputs)
         save_mapper(folder.path / name, mapper, {"data": work.dataset.fingerprint, "llm": base.fingerprint})
     logits = score_prompts(
         model,
@@ -285,6 +229,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         progress=f"{row} test" if work.progress else None,
         check=work.stop.check,
     )
+    check_finite(row, "test", logits, result.best_step)
     for name, values in (("valid", result.valid_logits), ("test", logits)):
         scores = values, sigmoid(values)
         add_scores(folder, work.dataset, name, work.split(name), row, scores, seed=config.seed)
@@ -303,16 +248,6 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         biases = ", with the collaborative model's biases" if work.cf.user_bias is not None else ""
         record["inputs"] = mapper.config.inputs + biases
     folder.update(stages={row: record}, prompt_examples={**examples, stage: prompt_text(base.tokenizer, train, 0)})
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("collm-fast", "torch", "transformers", "tokenizers", "numpy", "safetensors"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @contextmanager

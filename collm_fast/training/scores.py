@@ -26,7 +26,7 @@ def baseline_scores(dataset: Dataset, split: Split, cf: CFModel) -> dict[str, Sc
     return {
         "item_mean": (item, item),
         "item_user_mean": (both, sigmoid(both)),
-        "cf": (logits, sigmoid(logits)),
+        "cf": (logits, sigmoid(logits) if cf.calibrated else None),
     }
 
 

@@ -6,6 +6,7 @@ The steps are `loop.py`'s, the order of the parts `pipeline.py`'s. Floor F3.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from collm_fast.config import LoraConfig, MapperConfig, TrainConfig, from_mapping, to_mapping
+from collm_fast.config import LoraConfig, MapperConfig, PromptConfig, TrainConfig, from_mapping, to_mapping
 from collm_fast.data.dataset import Dataset, Split
 from collm_fast.data.prompts import Prompts, PromptTemplate, cached_tokenize, tokenize
-from collm_fast.data.templates import TAGS
 from collm_fast.io.atomic import write_atomic
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.collm import CoLLM
@@ -60,22 +60,24 @@ class Base:
     dtype: torch.dtype
     fingerprint: str
     templates: dict[str, PromptTemplate]  # "stage1", "stage2"
-    answers: dict[str, tuple[int, int]]  # ids of yes and no, by the template's end
+    answers: dict[str, tuple[int, int]]  # ids of yes and no, by stage
 
     @classmethod
-    def load(cls, config: TrainConfig, dataset: Dataset) -> Base:
-        """Raises: ValueError for a model, a template or answers that cannot be used."""
+    def load(cls, config: TrainConfig, dataset: Dataset, prompts: Mapping[str, Sequence[str]] | None = None) -> Base:
+        """`prompts` are the texts of each stage as a run recorded them; None reads the configuration's.
+
+        Raises: ValueError for a model, a template or answers that cannot be used.
+        """
         templates = {
-            "stage1": PromptTemplate.load(config.prompt.stage1, dataset.domain, stage=1),
-            "stage2": PromptTemplate.load(config.prompt.stage2, dataset.domain, stage=2),
+            name: PromptTemplate.from_texts(prompts[name], stage=stage)
+            if prompts is not None
+            else PromptTemplate.load(getattr(config.prompt, name), dataset.domain, stage=stage)
+            for name, stage in (("stage1", 1), ("stage2", 2))
         }
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
         llm, tokenizer = load_llm(config.llm, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
-        answers = {
-            name: answer_ids(tokenizer, _end(template), config.prompt.yes, config.prompt.no)
-            for name, template in templates.items()
-        }
+        answers = {name: _answer_ids(tokenizer, name, template, config.prompt) for name, template in templates.items()}
         return cls(llm, tokenizer, device, dtype, fingerprint(llm, tokenizer), templates, answers)
 
     def model(
@@ -110,9 +112,12 @@ class Base:
         return cached_tokenize(folder, *inputs, history_length=length, tokens_per_id=tokens)
 
 
-def _end(template: PromptTemplate) -> str:
-    """The text of a prompt after its last tag."""
-    return "" if template.pieces[-1] in TAGS else template.pieces[-1]
+def _answer_ids(tokenizer: Any, stage: str, template: PromptTemplate, prompt: PromptConfig) -> tuple[int, int]:
+    """The ids of yes and no, which every wording must share: a model has one row of the vocabulary for each."""
+    found = {answer_ids(tokenizer, end, prompt.yes, prompt.no) for end in template.ends}
+    if len(found) != 1:
+        raise ValueError(f"prompt.{stage}: expected wordings with the same answer tokens, got {sorted(found)}")
+    return found.pop()
 
 
 def fresh_lora(base: Base, config: LoraConfig, seed: int) -> None:
@@ -145,9 +150,11 @@ def statistics(config: MapperConfig, dataset: Dataset, seen: NDArray[np.bool_]) 
     return id_statistics(dataset, seen) if "+stats" in config.inputs else None
 
 
-def mapper_file(inputs: str) -> str:
-    """The name of a mapper in its run folder: an ablation's carries what it reads."""
-    return f"mapper{inputs if inputs != 'embedding' else ''}.safetensors"
+def mapper_file(inputs: str, main: str) -> str:
+    """The name of a mapper in its run folder, given what the run's main one reads: an ablation's says what it reads."""
+    if inputs == main:
+        return "mapper.safetensors"
+    return f"mapper{'-embedding' if inputs == 'embedding' else inputs}.safetensors"
 
 
 def save_mapper(path: Path, mapper: Mapper, made_for: dict[str, str]) -> None:

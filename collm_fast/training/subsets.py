@@ -51,22 +51,23 @@ def _whole(group: IntArray, limit: int | None, seed: int) -> IntArray:
     return np.flatnonzero(np.isin(group, order[:needed]))
 
 
-def given_cf(config: TrainConfig, dataset: Dataset) -> CFModel | None:
-    """The fitted model that `cf` points to, or None where it names a model to be fitted.
+def given_cf(config: TrainConfig, dataset: Dataset, run: Path | None = None) -> CFModel | None:
+    """The fitted model that the folder `run` holds or `cf` points to, or None where it names a model to be fitted.
 
     Raises: ValueError for neither a name that can be fitted nor a folder with cf.safetensors, or for one fitted to
         other data.
     """
-    if config.cf in get_args(CFName):
+    held = run is not None and (run / "cf.safetensors").is_file()
+    if config.cf in get_args(CFName) and not held:
         with_recipe(replace(config.collaborative, model=config.cf))  # type: ignore[arg-type]
         return None
-    path = Path(config.cf)
+    path = run if run is not None and held else Path(config.cf)
     if not (path.is_dir() and (path / "cf.safetensors").is_file()) and not path.is_file():
         names = "|".join(get_args(CFName))
         raise ValueError(f"cf: expected {names} or a folder that fit-cf wrote, got {config.cf!r}")
     cf = CFModel.load(path)
     if cf.fingerprint != dataset.fingerprint:
-        raise ValueError(f"cf: expected a model fitted to {dataset.path}, got {config.cf}, fitted to other data")
+        raise ValueError(f"cf: expected a model fitted to {dataset.path}, got {path}, fitted to other data")
     return cf
 
 
