@@ -6,6 +6,7 @@ The product with it is `collm_fast.ops.lightgcn_propagate`. The compiled builder
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +125,11 @@ class BipartiteGraph:
 
         target = Path(path)
         tensors = {"crow": self.crow.cpu(), "col": self.col.cpu(), "inv_sqrt_degree": self.inv_sqrt_degree.cpu()}
-        sizes = {"num_users": str(self.num_users), "num_items": str(self.num_items)}
+        sizes = {"num_users": self.num_users, "num_items": self.num_items}
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata=sizes)
+            # One key: safetensors writes several in an order of chance, and equal graphs should be equal files.
+            save_file(tensors, temporary, metadata={"collm_fast": json.dumps(sizes, sort_keys=True)})
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, target)
@@ -142,14 +144,14 @@ class BipartiteGraph:
 
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
-                sizes = file.metadata() or {}
+                sizes = json.loads((file.metadata() or {}).get("collm_fast", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"BipartiteGraph: expected a graph file, got {path}: {error}") from error
         names = {"crow", "col", "inv_sqrt_degree"}
         if set(tensors) != names or not {"num_users", "num_items"} <= set(sizes):
             _fail(f"a file with {sorted(names)}", f"{path} with {sorted(tensors)}")
-        graph = cls(**tensors, num_users=int(sizes["num_users"]), num_items=int(sizes["num_items"]))
+        graph = cls(**tensors, num_users=sizes["num_users"], num_items=sizes["num_items"])
         graph._validate(path)
         return graph
 

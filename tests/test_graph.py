@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ GOOD = {
     "col": torch.tensor([1, 0], dtype=torch.int32),
     "inv_sqrt_degree": torch.ones(2),
 }
-SIZES = {"num_users": "1", "num_items": "1"}
+SIZES = {"num_users": 1, "num_items": 1}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ SIZES = {"num_users": "1", "num_items": "1"}
 )
 def test_damaged_files(tmp_path: Path, changes: Any, sizes: Any, sentence: str) -> None:
     path = tmp_path / "graph.safetensors"
-    save_file({**GOOD, **changes}, path, metadata=sizes)
+    save_file({**GOOD, **changes}, path, metadata={"collm_fast": json.dumps(sizes)})
     with pytest.raises(ValueError, match=f"^BipartiteGraph: expected {sentence}"):
         BipartiteGraph.load(path)
 

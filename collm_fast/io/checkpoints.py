@@ -35,7 +35,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write `folder/<step>.safetensors` atomically; a checkpoint of the same step is replaced."""
     # Cloned to the CPU: safetensors refuses tensors that share storage, and the file must not depend on a device.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in checkpoint.tensors.items()}
-    metadata = {"step": str(checkpoint.step), "state": json.dumps(checkpoint.state)}
+    # One key: safetensors writes several in an order of chance, and equal states should be equal files.
+    metadata = {"collm_fast": json.dumps({"step": checkpoint.step, "state": checkpoint.state}, sort_keys=True)}
     return write_atomic(folder / f"{checkpoint.step:08d}.safetensors", lambda path: save_file(tensors, path, metadata))
 
 
@@ -46,9 +47,9 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {})["collm_fast"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Checkpoint(int(metadata["step"]), tensors, json.loads(metadata["state"]))
+        return Checkpoint(header["step"], tensors, header["state"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"checkpoint {path}: expected a checkpoint of collm_fast, got {error}") from error
 
@@ -64,8 +65,9 @@ def latest(folder: Path) -> Checkpoint | None:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step of the newest checkpoint file of `folder`, read from its name; None where there is none."""
-    return max((int(path.stem) for path in folder.glob("[0-9]*.safetensors")), default=None)
+    """The step of the newest readable checkpoint of `folder`, the one that `latest` gives; None where there is none."""
+    found = latest(folder)
+    return None if found is None else found.step
 
 
 def prune(folder: Path, keep: Iterable[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from collm_fast.io.checkpoints import Checkpoint, latest, load, newest_step, prune, save
@@ -35,10 +36,19 @@ def test_a_safetensors_file_without_our_state_is_no_checkpoint(tmp_path):
         load(tmp_path / "x.safetensors")
 
 
-def test_newest_step_is_read_from_the_names(tmp_path):
+def test_equal_checkpoints_are_equal_files(tmp_path):
+    state = {name: [0.5] for name in "dbca"}
+    paths = [save(tmp_path / str(n), Checkpoint(7, {"a": torch.ones(1)}, state)) for n in range(4)]
+    assert len({path.read_bytes() for path in paths}) == 1
+    with safe_open(paths[0], framework="pt") as file:
+        assert list(file.metadata()) == ["collm_fast"]
+
+
+def test_newest_step_is_that_of_the_newest_readable_file(tmp_path):
     assert newest_step(tmp_path / "missing") is None
     for step in (9, 12):
         save(tmp_path, Checkpoint(step, {"a": torch.ones(1)}, {}))
+    (tmp_path / "00000020.safetensors").write_bytes(b"cut off")
     assert newest_step(tmp_path) == 12
 
 
