@@ -84,6 +84,8 @@ def history_before(dataset: Dataset, uid: Array | list[int], at: Any = None) -> 
     ends = np.searchsorted(user, uid, side="right")
     if at is not None:
         moment = np.asarray(at)
+        if moment.dtype.kind not in "iuf":
+            raise ValueError(f"history_before: expected timestamps as numbers of seconds, got {at!r}")
         if moment.ndim > 1 or (moment.ndim == 1 and len(moment) != len(uid)):
             raise ValueError(f"history_before: expected one timestamp or {len(uid)} of them, got {moment.shape}")
         # Within a user the times are sorted: the count of earlier rows is the length of the history.

@@ -52,8 +52,9 @@ class RunFolder:
 
         Raises: ValueError if it holds a run and may not be continued, or holds one of another configuration.
         """
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"out: expected a folder, got the file {path}")
+        first = next((place for place in (path, *path.parents) if place.exists()), path)
+        if first.exists() and not first.is_dir():
+            raise ValueError(f"out: expected a folder, got the file {first}")
         if not cls.holds_run(path):
             return False
         if not resume:

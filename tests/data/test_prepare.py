@@ -274,6 +274,8 @@ def test_history_before_a_moment(data: Dataset):
         history_before(data, [1, 7])
     with pytest.raises(ValueError, match=r"one timestamp or 2 of them, got \(3,\)"):
         history_before(data, [1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="expected timestamps as numbers of seconds, got '2020-01-01'"):
+        history_before(data, [1, 2], "2020-01-01")
 
 
 def test_take(data: Dataset):

@@ -28,6 +28,8 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(ValueError, match="out: expected a folder, got the file"):
         RunFolder.check_new(tmp_path / "x", CONFIG, resume=True)
+    with pytest.raises(ValueError, match="out: expected a folder, got the file .*x$"):
+        RunFolder.check_new(tmp_path / "x" / "run", CONFIG, resume=True)
 
 
 def test_record_merges_and_metrics_keep_every_split(tmp_path):
