@@ -7,6 +7,7 @@ that was stopped continues; a finished one is shown again.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def run_demo(
     best = max(models, key=lambda name: models[name][1])
     say(f"Better by validation AUC, so stage 2 reads it: {best}.")
     config = demo_config(data, out, llm, seed, str(out / "collaborative" / best), size)
-    folder = run_training(config, command=f"collm-fast demo --data {data} --out {out} --seed {seed}", say=say)
+    folder = run_training(config, command=_command(data, out, llm, seed), say=say)
     test = dataset.splits["test"].take(choose_rows(config, dataset, HELD_OUT)["test"])
     others = {
         name: model.score(test.uid, test.iid).astype(float) for name, (model, _) in models.items() if name != best
@@ -141,6 +142,12 @@ def estimated_seconds(size: MachineClass, cores: int) -> float:
     return float((training + scoring) / min(cores, 16) ** CORE_EXPONENT + OTHER_SECONDS)
 
 
+def _command(data: Path, out: Path, llm: str, seed: int) -> str:
+    """The command that repeats the demo."""
+    options = {"data": data, "out": out, "seed": seed, "llm": llm}
+    return shlex.join(["collm-fast", "demo", *(word for name in options for word in (f"--{name}", str(options[name])))])
+
+
 def _cores() -> int:
     return min(torch.get_num_threads(), os.cpu_count() or 1)
 
@@ -166,9 +173,12 @@ def _collaborative(
         if not (folder / "metrics.json").is_file():
             config = CFConfig(model=name, dim=64, lr=1e-2, bias=True, held_out=HELD_OUT, seed=seed)
             fit_cf(dataset, config, out=folder, progress=True)
+        model = CFModel.load(folder)
+        if (model.config.seed, model.fingerprint) != (seed, dataset.fingerprint):
+            raise ValueError(f"demo: expected the data and the seed that {folder} was fitted with; --fresh starts over")
         tables: dict[str, Any] = RunFolder(folder).metrics
         auc = tables["cf"]["valid"]["all"]["auc"]
-        models[name] = CFModel.load(folder), auc
+        models[name] = model, auc
         test = tables["cf"]["test"]["all"]
         say(
             f"{name}: validation AUC {auc:.3f}; on all {test['rows']} test rows AUC {test['auc']:.3f}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -88,6 +89,17 @@ def test_a_demo_stopped_in_the_middle_ends_with_the_same_table(world, tmp_path, 
     assert first == again
     controls = [json.loads((path / "demo" / "run.json").read_text())["controls"] for path in (world, tmp_path)]
     assert controls[0] == controls[1]
+
+
+def test_fitted_models_of_another_seed_are_not_taken(world, tmp_path, capsys):
+    shutil.copytree(world / "demo" / "collaborative", tmp_path / "demo" / "collaborative")
+    assert main(command(world, tmp_path / "demo", "--seed", "3")) == 2
+    assert "demo: expected the data and the seed that" in capsys.readouterr().err
+
+
+def test_the_command_to_repeat_it_names_the_language_model(world):
+    commands = json.loads((world / "demo" / "run.json").read_text())["commands"]
+    assert len(commands) == 1 and f"--llm {world / 'llm'}" in commands[0]
 
 
 def test_fresh_starts_over(world, tmp_path, capsys):
