@@ -120,7 +120,7 @@ def write_report(folder: RunFolder) -> list[str]:
         sentences = conclusions.conclusions(folder.metrics, stages, scores, predictions.user, predictions.label)
     folder.update(conclusions=sentences)
     images = _plots(folder, predictions)
-    blocks = [*_summary(folder, sentences), *_tables(folder), *_notes(folder)]
+    blocks = [*_summary(folder, sentences), *_tables(folder, predictions), *_notes(folder)]
     blocks += [Heading("Plots"), *images] if images else []
     blocks += [*_prompts(folder), *_machine(folder)]
     for image in images:
@@ -140,8 +140,9 @@ def _summary(folder: RunFolder, sentences: list[str]) -> list[Block]:
     return [Heading(f"CoLLM run {folder.path.name}", 1), Paragraph(text), Heading("What it shows"), Items(sentences)]
 
 
-def _tables(folder: RunFolder) -> list[Block]:
+def _tables(folder: RunFolder, predictions: _Predictions | None) -> list[Block]:
     blocks: list[Block] = []
+    liked = "" if predictions is None else f" ({np.unique(predictions.user[predictions.label == 1]).size} in test)"
     warm = "user and item both occur in the train rows (`not_cold`)"
     for split, what in (("test", "Test"), ("valid", "Validation (chose the kept state)")):
         if not any(split in tables for tables in folder.metrics.values()):
@@ -152,7 +153,8 @@ def _tables(folder: RunFolder) -> list[Block]:
     blocks.append(
         Paragraph(
             "Intervals are 95 % percentile intervals over resampled users. UAUC is the mean AUC over the users that "
-            "have both classes, counted in the table; NDCG is over each user's full list. item_mean and "
+            f"have both classes, counted in the table; NDCG is over each user's full list, of the users with a liked "
+            f"row{liked}. item_mean and "
             "item_user_mean are smoothed means of the training labels, cf is the collaborative model alone: none of "
             "them needs a language model."
         )

@@ -87,6 +87,7 @@ def test_report_files_are_whole_and_self_contained(tmp_path):
         "item_user_mean",
         "stage2+pair",
         "users counted",
+        "of the users with a liked row (40 in test)",
         "collm-fast train --data",
         "rows it did not see",
         "The mapper read: embedding",
