@@ -100,8 +100,6 @@ def _fit_cf(place: FitPlace, config: CFConfig, command: str) -> None:
     from collm_fast.report import console_table
     from collm_fast.training.cf import fit_cf
 
-    if RunFolder.holds_run(place.out):
-        raise ValueError(f"out: expected a folder without a run, got {place.out}")
     fit_cf(load_dataset(place.data), config, out=place.out, progress=True)
     print(console_table(json.loads((place.out / "metrics.json").read_text())))
 
@@ -122,6 +120,8 @@ def _evaluate(config: EvaluateConfig, command: str) -> None:
     from collm_fast.io.atomic import write_atomic
     from collm_fast.report import console_table
 
+    if config.out is not None and config.out.is_dir():
+        raise ValueError(f"out: expected a file, got the folder {config.out}")
     tables = collm_fast.open_run(config.run).evaluate(config.split, progress=True)
     if config.out is not None:
         write_atomic(config.out, json.dumps(tables, indent=1, allow_nan=False) + "\n")
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from collm_fast.training.interrupt import Interrupted
 
         saved = isinstance(error, Interrupted)
-        print("interrupted; the state is saved, --resume auto continues" if saved else "interrupted", file=sys.stderr)
+        print(f"interrupted{'; --resume auto continues from what is saved' if saved else ''}", file=sys.stderr)
         return 3 if saved else 1
     finally:
         logging.getLogger("collm_fast").removeHandler(handler)

@@ -26,8 +26,8 @@ def _require(ok: bool, name: str, rule: str, value: object) -> None:
         raise ValueError(f"{name}: expected {rule}, got {value!r}")
 
 
-def _require_seed(seed: int) -> None:
-    _require(0 <= seed < 2**63, "seed", "in [0, 2^63)", seed)
+def _require_seed(seed: int | None) -> None:
+    _require(seed is None or 0 <= seed < 2**63, "seed", "in [0, 2^63)", seed)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class CFConfig:
     patience: int = 100
     # The fraction of each user's train rows, latest first, that the model never sees: stage 2 can train on those.
     held_out: float = 0.0
-    seed: int = 2023
+    seed: int | None = None  # None: the run's; of `fit-cf`: 2023
 
     def __post_init__(self) -> None:
         _require(self.dim is None or self.dim >= 1, "dim", "at least 1", self.dim)

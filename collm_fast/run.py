@@ -138,7 +138,7 @@ class Run:
             return self._base.model("stage1", self.config)
         inputs = row.removeprefix("stage2") or "embedding"
         path = self.path / mapper_file(inputs, self.config.mapper.inputs)
-        mapper = load_mapper(path)
+        mapper = load_mapper(path, {"data": self.dataset.fingerprint, "llm": self._base.fingerprint})
         if mapper.config.inputs != inputs:
             raise ValueError(f"mapper: expected one that reads {inputs} in {path}, got {mapper.config.inputs}")
         seen = ~held_out_rows(self.dataset.splits["train"], self.cf.config.held_out)

@@ -219,6 +219,7 @@ def test_fit_cf_and_its_folder(world, tmp_path, capsys):
     assert (
         main(train(world, tmp_path / "run", "--cf", str(tmp_path / "cf"), "--cie-rows", "all", "--stage", "cie")) == 0
     )
+    assert "+stats counts their own labels" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, capsys):
@@ -258,6 +259,7 @@ def test_bad_pairs_users_and_splits(world, tmp_path, capsys):
     )
     assert "split: expected one of train, valid, test" in error_of(capsys, ["evaluate", *run, "--split", "tset"])
     assert "expected a run folder" in error_of(capsys, ["evaluate", "--run", tmp_path])
+    assert "out: expected a file, got the folder" in error_of(capsys, ["evaluate", *run, "--out", tmp_path])
     assert not (tmp_path / "o.parquet").exists()
 
 

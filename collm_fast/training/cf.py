@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from collm_fast import metrics
-from collm_fast.config import CFConfig, to_mapping
+from collm_fast.config import CFConfig, TrainConfig, to_mapping
 from collm_fast.data.dataset import Dataset, Split
 from collm_fast.data.sampler import Positives, sample_negatives
 from collm_fast.graph import BipartiteGraph
@@ -61,14 +61,14 @@ def held_out_rows(split: Split, fraction: float) -> NDArray[np.bool_]:
 
 
 def with_recipe(config: CFConfig) -> CFConfig:
-    """`config` with the model's own dim, lr and weight_decay where it says None.
+    """`config` with the model's own dim, lr and weight_decay, and the seed 2023, where it says None.
 
     Raises: ValueError for a model that this version does not have.
     """
     if config.model not in MODELS:
         known = " or ".join(MODELS)
         raise ValueError(f"fit_cf: expected model {known}, got {config.model!r}, which a later version brings")
-    recipe = MODELS[config.model].recipe()
+    recipe = {**MODELS[config.model].recipe(), "seed": TrainConfig().seed}
     return replace(config, **{name: value for name, value in recipe.items() if getattr(config, name) is None})
 
 
@@ -94,7 +94,7 @@ def fit_cf(dataset: Dataset, config: CFConfig, *, out: Path | None = None, progr
     Source: CoLLM (arXiv 2310.19488), section 5.1; BPR: Rendle et al. (UAI 2009).
     """
     config = with_recipe(config)
-    if out is not None and (Path(out) / "metrics.json").exists():
+    if out is not None and any((Path(out) / name).exists() for name in ("metrics.json", "run.json")):
         raise ValueError(f"fit_cf: expected a folder without a run, got {out}")
     train = dataset.splits["train"].take(~held_out_rows(dataset.splits["train"], config.held_out))
     _check_labels(train, dataset.splits["valid"], config)
@@ -127,7 +127,7 @@ def _build(dataset: Dataset, train: Split, config: CFConfig, generator: torch.Ge
 
 def _fit(dataset: Dataset, train: Split, config: CFConfig, progress: bool) -> CFModel:
     assert config.lr is not None and config.weight_decay is not None
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(_seed(config))
     model = _build(dataset, train, config, generator)
     # Fused: one pass over the tables a step; a loop over tensors and temporaries would cost more than the batch.
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -160,6 +160,11 @@ def _fit(dataset: Dataset, train: Split, config: CFConfig, progress: bool) -> CF
     return freeze(model, config, dataset.fingerprint)
 
 
+def _seed(config: CFConfig) -> int:
+    assert config.seed is not None  # `with_recipe` gave it
+    return config.seed
+
+
 def _tensor(column: NDArray[np.int64]) -> Tensor:
     # A copy: columns read from Parquet may be read-only, which torch cannot express.
     return torch.from_numpy(column.copy())
@@ -187,7 +192,7 @@ def _bpr_epochs(train: Split, dataset: Dataset, config: CFConfig) -> Iterator[tu
     uid, place = uid[usable], place[usable]
     positives = Positives.of(uid, place, dataset.num_users, known.size + 1)
     for epoch in itertools.count():
-        negative = sample_negatives(uid, positives, seed=config.seed, epoch=epoch)
+        negative = sample_negatives(uid, positives, seed=_seed(config), epoch=epoch)
         yield _tensor(uid), _tensor(known[place - 1]), _tensor(known[negative - 1])
 
 
@@ -223,7 +228,7 @@ def _write(fitted: CFModel, dataset: Dataset, out: Path) -> None:
     for name in ("valid", "test"):
         split = dataset.splits[name]
         for row, scores in baseline_scores(dataset, split, fitted).items():
-            tables.setdefault(row, {})[name] = table_of(split, scores, fitted.config.seed)
+            tables.setdefault(row, {})[name] = table_of(split, scores, _seed(fitted.config))
     fitted.save(out)
     write_atomic(out / "config.yaml", yaml.safe_dump(to_mapping(fitted.config), sort_keys=False))
     RunFolder(out).write_json("metrics.json", tables)

@@ -45,7 +45,7 @@ from collm_fast.training.stages import (
     statistics,
     with_biases,
 )
-from collm_fast.training.subsets import IntArray, choose_rows, given_cf, held_out_of
+from collm_fast.training.subsets import IntArray, choose_rows, given_cf, held_out_of, warn_of_unused
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,11 @@ def _collaborative(
     if cf is None:
         # One --seed serves the whole run; a seed given for the collaborative model itself wins.
         own = config.collaborative.seed
-        seed = config.seed if own == CFConfig().seed else own
+        seed = config.seed if own is None else own
         settings = from_mapping(CFConfig, {**to_mapping(config.collaborative), "model": config.cf, "seed": seed})
         cf = fit_cf(dataset, settings, out=None, progress=progress)
+    else:
+        warn_of_unused(config, cf)
     cf.save(folder.path)
     folder.update(cf={"name": cf.name, "given": config.cf, "fingerprint": dataset.fingerprint})
     return cf
@@ -200,6 +202,8 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
     model, mapper = _model(work, mapper_config)
     parameters = set_trainable(model, "lora" if mapper is None else "cie")
     total = total_steps(settings, len(train.label), config.max_steps)
+    if settings.warmup_steps > total // 10:
+        logger.info("%s: warm-up over %d steps, a tenth of all, not %d", row, total // 10, settings.warmup_steps)
     logger.info("%s: %d steps over %d prompts, %d validation rows", row, total, len(train.label), len(valid.label))
     options = LoopOptions(
         name=row,

@@ -38,7 +38,7 @@ def begin(config: TrainConfig, dataset: Dataset, base: Base, rows: dict[str, Int
     _check_unchanged(folder, config, fixed)
     _check_order(folder, config)
     folder.write_config(to_mapping(config))
-    rule = "all its training rows (the collaborative model was fitted to them too)"
+    rule = "all its training rows (the collaborative model was fitted to them too, +stats counts their own labels)"
     if config.cie_rows == "held-out":
         rule = "rows that the collaborative model was not fitted to (the latest of each user)"
     before = folder.record.get("commands", [])

@@ -158,26 +158,31 @@ def mapper_file(inputs: str, main: str) -> str:
 
 
 def save_mapper(path: Path, mapper: Mapper, made_for: dict[str, str]) -> None:
-    """Write a mapper with its form and the fingerprints of what it was trained with."""
+    """Write a mapper with its form and the fingerprints of the data and the llm it was trained with."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in mapper.state_dict().items()}
     form = {"config": to_mapping(mapper.config), "d": mapper.d, "H": mapper.H, "stats_dim": mapper.stats_dim}
-    metadata = {"form": json.dumps(form), **made_for}
+    # One key: safetensors writes several in an order of chance, and equal mappers should be equal files.
+    metadata = {"collm_fast": json.dumps({"form": form, "made_for": made_for}, sort_keys=True)}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_mapper(path: Path) -> Mapper:
-    """Read what `save_mapper` wrote.
+def load_mapper(path: Path, used_with: dict[str, str] | None = None) -> Mapper:
+    """Read what `save_mapper` wrote; `used_with` are the fingerprints of the data and the llm at hand (None: any).
 
-    Raises: ValueError naming the file.
+    Raises: ValueError naming the file, or what the mapper was not trained with.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            form = json.loads((file.metadata() or {})["form"])
+            header = json.loads((file.metadata() or {})["collm_fast"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        form, made_for = header["form"], header["made_for"]
         mapper = Mapper(form["d"], form["H"], from_mapping(MapperConfig, form["config"]), form["stats_dim"])
         mapper.load_state_dict(tensors)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"mapper: expected a mapper of collm_fast in {path}, got {error}") from error
+    for name, fingerprint_now in (used_with or {}).items():
+        if made_for.get(name) != fingerprint_now:
+            raise ValueError(f"mapper: expected {path} to be trained with this {name}, got another one's")
     return mapper
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -9,11 +10,13 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_fast.config import CFName, TrainConfig
+from collm_fast.config import CFConfig, CFName, TrainConfig, to_mapping
 from collm_fast.data.dataset import Dataset, Split
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.training.cf import held_out_rows, with_recipe
 from collm_fast.training.loop import derived_seed
+
+logger = logging.getLogger(__name__)
 
 IntArray = NDArray[np.int64]
 
@@ -59,6 +62,9 @@ def given_cf(config: TrainConfig, dataset: Dataset, run: Path | None = None) -> 
     """
     held = run is not None and (run / "cf.safetensors").is_file()
     if config.cf in get_args(CFName) and not held:
+        own = config.collaborative.model
+        if own not in (CFConfig().model, config.cf):
+            raise ValueError(f"collaborative.model: expected {config.cf!r} as cf says, got {own!r}")
         with_recipe(replace(config.collaborative, model=config.cf))  # type: ignore[arg-type]
         return None
     path = run if run is not None and held else Path(config.cf)
@@ -69,6 +75,14 @@ def given_cf(config: TrainConfig, dataset: Dataset, run: Path | None = None) -> 
     if cf.fingerprint != dataset.fingerprint:
         raise ValueError(f"cf: expected a model fitted to {dataset.path}, got {path}, fitted to other data")
     return cf
+
+
+def warn_of_unused(config: TrainConfig, given: CFModel) -> None:
+    """Say in the log which keys of `collaborative` a fitted model makes void: those it was fitted otherwise."""
+    wanted, default, has = (to_mapping(each) for each in (config.collaborative, CFConfig(), given.config))
+    unused = [f"collaborative.{name}" for name in wanted if wanted[name] not in (default[name], has[name])]
+    if unused:
+        logger.warning("%s: not used, the collaborative model is a fitted one", ", ".join(unused))
 
 
 def held_out_of(config: TrainConfig, given: CFModel | None) -> float:

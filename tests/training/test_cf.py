@@ -177,6 +177,20 @@ def test_the_folder_holds_model_configuration_and_metrics(tmp_path, capfd):
     assert captured.out == "" and "lightgcn" in captured.err
     with pytest.raises(ValueError, match="fit_cf: expected a folder without a run, got .*cf"):
         fit_cf(data, QUICK, out=out)
+    # Killed before the last file, a fit is repeated; what `train` wrote is not replaced.
+    (out / "metrics.json").unlink()
+    assert fit_cf(data, QUICK, out=out).config == CFModel.load(out).config
+    (out / "metrics.json").rename(out / "run.json")
+    with pytest.raises(ValueError, match="fit_cf: expected a folder without a run"):
+        fit_cf(data, QUICK, out=out)
+
+
+def test_a_seed_that_is_not_given_is_the_default_and_a_model_that_only_ranks_has_no_probability(tmp_path):
+    data = dataset()
+    fitted = fit_cf(data, replace(QUICK, seed=None, loss="bpr", max_epochs=2), out=tmp_path)
+    assert fitted.config.seed == 2023
+    tables = json.loads((tmp_path / "metrics.json").read_text())
+    assert tables["cf"]["test"]["all"]["log_loss"] is None and tables["item_mean"]["test"]["all"]["log_loss"] > 0
 
 
 def test_silent_without_progress(capfd):

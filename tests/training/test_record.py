@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from small_run import QUICK, quick_reports, save_llm, write_ratings
 
 import collm_fast
 from collm_fast.cli import main
+from collm_fast.io.tables import read_table
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.training import pipeline
-from collm_fast.training.stages import load_mapper, mapper_file
+from collm_fast.training.stages import load_mapper, mapper_file, save_mapper
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,35 @@ def test_an_ablation_leaves_the_main_mapper_alone(world, tmp_path):
     assert load_mapper(run / "mapper+pair.safetensors").config.inputs == "+pair"
 
 
+def test_a_mapper_of_another_model_is_refused_and_equal_mappers_are_equal_files(world, tmp_path):
+    path = world / "run" / "mapper.safetensors"
+    mapper = load_mapper(path, {"data": collm_fast.open_run(world / "run").dataset.fingerprint})
+    with pytest.raises(ValueError, match="mapper: expected .* to be trained with this llm, got another one's"):
+        load_mapper(path, {"llm": "another"})
+    for number in range(4):
+        save_mapper(tmp_path / str(number), mapper, {"data": "d", "llm": "l"})
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(4)}) == 1
+
+
+def test_one_model_one_seed_one_warm_up(world, tmp_path, capsys, caplog):
+    contradicting = train(world, tmp_path / "a", "--collaborative.model", "lightgcn")
+    assert "collaborative.model: expected 'mf' as cf says, got 'lightgcn'" in error_of(capsys, contradicting)
+    short = ["--stage", "lora", "--cie-rows", "all"]
+    assert main(train(world, tmp_path / "b", *short, "--seed", "7", "--collaborative.seed", "2023")) == 0
+    assert CFModel.load(tmp_path / "b").config.seed == 2023
+    assert "stage1: warm-up over 0 steps, a tenth of all, not 200" in caplog.text
+    assert main(train(world, tmp_path / "c", *short, "--cf", tmp_path / "b", "--collaborative.num-layers", "1")) == 0
+    assert "collaborative.num_layers: not used, the collaborative model is a fitted one" in caplog.text
+
+
+def test_predictions_have_the_ids_as_the_dataset_has_them(world, tmp_path):
+    pairs, out = tmp_path / "pairs.csv", tmp_path / "out.parquet"
+    pairs.write_text("user,item\nu1,105\nu2,101\n")
+    assert main(["predict", "--run", str(world / "run"), "--pairs", str(pairs), "--out", str(out)]) == 0
+    items = read_table(out, ["item"], "out")["item"]
+    assert items.tolist() == [105, 101] and items.dtype == collm_fast.open_run(world / "run").dataset.raw_items.dtype
+
+
 def test_bad_input_that_shows_late_leaves_a_folder_as_it_was(world, tmp_path, monkeypatch, capsys):
     def bad(*_):
         raise ValueError("late")
@@ -144,6 +175,16 @@ def test_bad_input_that_shows_late_leaves_a_folder_as_it_was(world, tmp_path, mo
     assert [path.name for path in mine.iterdir()] == ["note.txt"]
     assert "late" in error_of(capsys, train(world, tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupt_before_anything_is_trained_promises_no_more_than_it_keeps(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "fit_cf", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert main(train(world, tmp_path / "run")) == 3
+    assert capsys.readouterr().err.endswith("interrupted; --resume auto continues from what is saved\n")
+    monkeypatch.undo()
+    assert main(train(world, tmp_path / "run", "--resume", "auto")) == 0
+    metrics = [(folder / "run" / "metrics.json").read_text() for folder in (world, tmp_path)]
+    assert metrics[0] == metrics[1]
 
 
 def test_an_error_after_training_deletes_nothing(world, tmp_path, monkeypatch, capsys):
