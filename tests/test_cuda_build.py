@@ -1,6 +1,6 @@
 """nvcc builds every CUDA kernel for sm_80 and sm_90a, without spills, against whatever torch is installed.
 
-One build through setup.py and CMakeLists.txt, in a folder of its own; no GPU is needed.
+One build through CMakeLists.txt, in a folder of its own and of the CUDA library alone; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, requires
 
 pytestmark = requires("nvcc", "compiler")
@@ -44,15 +45,19 @@ def parse(log: str) -> list[Kernel]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of the libraries, and everything that the build printed."""
+    """The library, and everything that its build printed."""
     folder = tmp_path_factory.mktemp("cuda_build")
-    command = [sys.executable, "setup.py", "--quiet", "build_ext"]
-    paths = ["--build-temp", str(folder / "temp"), "--build-lib", str(folder / "lib")]
-    variables = {"COLLM_FAST_CUDA": "1", "COLLM_FAST_NATIVE": "1", "NVCC_APPEND_FLAGS": "-Xptxas=-v"}
-    done = subprocess.run([*command, *paths], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-8000:]
-    return folder / "lib" / "collm_fast", log
+    settings = [f"-DCOLLM_FAST_TORCH={Path(torch.__file__).parent}", "-DCOLLM_FAST_CUDA=1"]
+    log = run(["cmake", "-S", str(ROOT), "-B", str(folder), *settings])
+    log += run(["cmake", "--build", str(folder), "--target", "collm_fast_cuda", "--parallel", "2"])
+    return folder / "libcollm_fast_cuda.so", log
+
+
+def run(command: list[str]) -> str:
+    variables = os.environ | {"NVCC_APPEND_FLAGS": "-Xptxas=-v"}
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +93,10 @@ def images(library: bytes) -> set[tuple[str, int]]:
 
 def test_the_library_holds_code_and_ptx(built: tuple[Path, str]) -> None:
     """Machine code for both architectures, and PTX for GPUs to come."""
-    assert images((built[0] / "libcollm_fast_cuda.so").read_bytes()) == {("code", 80), ("code", 90), ("ptx", 80)}
+    assert images(built[0].read_bytes()) == {("code", 80), ("code", 90), ("ptx", 80)}
 
 
 def test_the_cuda_library_is_of_the_stable_abi(built: tuple[Path, str]) -> None:
-    audit = [Path(sys.executable).parent / "torch-abi-audit", built[0] / "libcollm_fast_cuda.so"]
+    audit = [Path(sys.executable).parent / "torch-abi-audit", built[0]]
     text = subprocess.run(audit, capture_output=True, text=True, check=True).stdout
     assert re.search(r"Torch ABI:\s+STABLE", text) and re.search(r"Min torch:\s+2\.10", text)
