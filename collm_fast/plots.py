@@ -81,16 +81,18 @@ def loss_plot(history: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
     return _figure(draw, "Training loss", "optimizer step", "binary cross-entropy")
 
 
-def validation_plot(history: Mapping[str, Mapping[str, Sequence[float]]], levels: Mapping[str, float]) -> bytes:
-    """Validation AUC over steps, the kept state marked, beside the level of the baselines."""
+def validation_plot(
+    history: Mapping[str, Mapping[str, Sequence[float]]], kept: Mapping[str, int], levels: Mapping[str, float]
+) -> bytes:
+    """Validation AUC over steps, the step whose state was kept marked, beside the level of the baselines."""
 
     def draw(axes: Any) -> None:
         for place, (row, curves) in enumerate(history.items()):
             steps, values = np.asarray(curves["eval_step"]), np.asarray(curves["valid_auc"], np.float64)
             if steps.size:
                 axes.plot(steps, values, marker="o", markersize=3, color=colour(row, place), label=row)
-                best = int(values.argmax())
-                axes.plot(steps[best], values[best], marker="*", markersize=13, color=colour(row, place))
+                at = steps == kept.get(row)
+                axes.plot(steps[at], values[at], marker="*", markersize=13, linestyle="", color=colour(row, place))
         for row, level in levels.items():
             axes.axhline(level, color=colour(row), linestyle="--", linewidth=1, label=row)
 

@@ -233,7 +233,10 @@ def _plots(folder: RunFolder, predictions: _Predictions | None) -> list[Image]:
             if folder.metrics.get(row, {}).get("valid", {}).get("all", {}).get("auc") is not None
         }
         images.append(Image("loss.png", "Training loss", plots.loss_plot(history)))
-        images.append(Image("validation.png", "Validation AUC over steps", plots.validation_plot(history, levels)))
+        kept = {row: stage["best_step"] for row, stage in folder.record.get("stages", {}).items()}
+        images.append(
+            Image("validation.png", "Validation AUC over steps", plots.validation_plot(history, kept, levels))
+        )
     if predictions is not None:
         columns = predictions.columns
         rows = {

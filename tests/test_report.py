@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from collm_fast import conclusions, metrics
+from collm_fast import conclusions, metrics, plots
 from collm_fast.conclusions import auc_difference, compare
 from collm_fast.evaluate import metric_table, sigmoid
 from collm_fast.io.run_folder import RunFolder
@@ -200,3 +200,19 @@ def test_page_blocks_escape_in_both_forms():
     markdown, page = to_markdown(blocks), to_html(blocks, title="<t>")
     assert "`````\nx ```` y\n`````" in markdown and "a\\|b" in markdown and "<1>" not in markdown
     assert "<title>&lt;t&gt;</title>" in page and "a &lt;i&gt; &amp; b" in page and "<td>&lt;1&gt;</td>" in page
+
+
+def test_the_star_stands_at_the_kept_step_and_not_at_the_best(monkeypatch):
+    stars = []
+
+    def look(figure):
+        lines = figure.axes[0].lines
+        stars.extend(
+            (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in lines if line.get_marker() == "*"
+        )
+        return b""
+
+    monkeypatch.setattr(plots, "_png", look)
+    # The untrained state is measured and never kept.
+    plots.validation_plot({"stage1": {"eval_step": [0, 4, 8], "valid_auc": [0.6, 0.4, 0.5]}}, {"stage1": 8}, {})
+    assert stars == [([8], [0.5])]
