@@ -85,6 +85,13 @@ def test_scores_depend_on_the_history_before_the_moment(world):
     assert alone[0] == pytest.approx(many[5], abs=1e-5)
 
 
+def test_a_run_of_relative_paths_opens_from_another_folder(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    collm_fast.train("data", "llm", "mf", tmp_path / "run", **{**OPTIONS, "stage": "lora", "max_steps": 1})
+    monkeypatch.chdir(tmp_path)
+    assert collm_fast.open_run("run").score(["u1"], [105]).shape == (1,)
+
+
 def test_bad_ids_and_lengths(world):
     run = collm_fast.open_run(world / "run")
     with pytest.raises(ValueError, match="'nobody'"):

