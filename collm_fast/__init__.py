@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from collm_fast import graph, metrics, ops, reference
+from collm_fast import graph, metrics, ops, ranking, reference
 from collm_fast.graph import BipartiteGraph
 
 if TYPE_CHECKING:
@@ -26,7 +26,19 @@ _LAZY = {
     "train": "collm_fast.run",
 }
 
-__all__ = ["BipartiteGraph", "Run", "__version__", "env", "graph", "metrics", "open_run", "ops", "reference", "train"]
+__all__ = [
+    "BipartiteGraph",
+    "Run",
+    "__version__",
+    "env",
+    "graph",
+    "metrics",
+    "open_run",
+    "ops",
+    "ranking",
+    "reference",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
