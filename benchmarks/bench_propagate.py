@@ -1,21 +1,24 @@
 """Times lightgcn_propagate against the ways LightGCN is written today.
 
-Graphs: the ML-1M split of CoLLM and Gowalla where ../shared/data (or COLLM_FAST_TEST_DATA) has them, and a synthetic
-power law always. `naive` is the LightGCN-PyTorch formulation (torch.sparse COO, K+1 tables stacked, their mean); peers:
-`torch_csr` and `torch_csr_int32` (a running sum), `scipy_csr` (forward, on a CPU). The case `rows` reads the rows of
-one BPR batch, as a training step does; `bf16 storage` keeps the layers of a float32 call in bfloat16.
+Graphs (`graphs.py`): Gowalla and the ML-1M split of CoLLM where ../shared/data (or COLLM_FAST_TEST_DATA) has them, and
+a synthetic power law of 1M and 10M edges, on a GPU 100M too. `naive` is the LightGCN-PyTorch formulation (torch.sparse
+COO, K+1 tables stacked, their mean); the other peers (`propagate_peers.py`) add the layers up: `torch_csr`,
+`torch_csr_int32`, `scipy_csr` (forward, on a CPU), `pyg_lgconv`, and `embedding_bag`, torch's fastest kernel for it.
+All of them compute in float32. The case `bf16 storage` keeps the layers of a float32 call in bfloat16, against the same
+float32 peers; the case `rows` reads the rows of one BPR batch, as a training step does; the cases `K=` show what memory
+and time do with the number of layers. The five-process run of one graph:
+
+    python benchmarks/bench_propagate.py --only "gowalla D=64 K=3" --processes 5 --seconds 0.5 --json FILE
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property, partial
 
+import graphs
 import harness
-import numpy as np
-import scipy.sparse
+import propagate_peers as peers
 import torch
 from torch import Tensor
 
@@ -24,149 +27,208 @@ from collm_fast.ops import lightgcn_propagate
 
 K = 3
 BATCH = 2048
-DATA = Path(os.environ.get("COLLM_FAST_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-# Name: file, the columns of user and item.
-SPLITS = {"ml-1m": ("ml-1m-collm", "uid", "iid"), "gowalla": ("gowalla-lightgcn", "user", "item")}
+# Above this many bytes of messages [nnz, D] PyG's layer does not fit a CPU's memory together with its gradient.
+PYG_BYTES = 4 << 30
+# A bfloat16 rounding in each layer; see the op's documentation.
+HALF_TOLERANCE = 1e-3
 
 
-def published(suite: harness.Suite, name: str) -> BipartiteGraph | None:
-    folder, user, item = SPLITS[name]
-    path = DATA / folder / "train.parquet"
-    if not path.is_file():
-        suite.failures.append(f"{name}: no {folder}/train.parquet")
-        return None
-    import pyarrow.parquet
+class Case:
+    """One graph and width: inputs, what is right, and every implementation; made when a case first needs them."""
 
-    table = pyarrow.parquet.read_table(suite.file(name, path), columns=[user, item])
-    users, items = table[user].to_numpy(), table[item].to_numpy()
-    return BipartiteGraph.from_interactions(users, items, int(users.max()) + 1, int(items.max()) + 1)
+    def __init__(self, suite: harness.Suite, name: str, D: int, load: Callable[[], BipartiteGraph]) -> None:
+        self.suite, self.name, self.D, self.load = suite, f"{name} D={D}", D, load
+        self.title = f"{self.name} K={K}"
+        self.exact = cache(self._exact)
 
+    @cached_property
+    def graph(self) -> BipartiteGraph:
+        return self.load()
 
-def power_law(suite: harness.Suite, edges: int) -> BipartiteGraph:
-    """Users uniform, items by rank^-0.8, 25 edges a user and 40 an item on average."""
-    num_users, num_items = edges // 25, edges // 40
-    users = suite.integers(0, num_users, edges).cpu().numpy()
-    uniform = suite.integers(0, 1 << 30, edges).cpu().numpy() / float(1 << 30)
-    items = np.minimum((num_items * uniform**5).astype(np.int64), num_items - 1)
-    return BipartiteGraph.from_interactions(users, items, num_users, num_items)
+    @cached_property
+    def here(self) -> BipartiteGraph:
+        return self.graph.to(self.suite.device)
 
+    @cached_property
+    def x(self) -> Tensor:
+        self.suite.reseed(f"{self.name} x")
+        return self.suite.tensor(self.graph.num_nodes, self.D, scale=0.1)
 
-def values(graph: BipartiteGraph) -> Tensor:
-    node = torch.repeat_interleave(torch.arange(graph.num_nodes), graph.crow.diff())
-    return graph.inv_sqrt_degree[node] * graph.inv_sqrt_degree[graph.col.long()]
+    @cached_property
+    def grad(self) -> Tensor:
+        self.suite.reseed(f"{self.name} grad")
+        return self.suite.tensor(self.graph.num_nodes, self.D)
 
+    def _exact(self, layers: int, what: str) -> Tensor:
+        return peers.exact(self.here, layers, self.x if what == "x" else self.grad)
 
-def running_mean(matrix: Tensor, x: Tensor) -> Tensor:
-    total = layer = x
-    for _ in range(K):
-        layer = matrix @ layer
-        total = total + layer
-    return total / (K + 1)
+    def truth(self, layers: int) -> list[Tensor]:
+        """Of forward and backward: the operator is its own adjoint."""
+        return [self.exact(layers, "x"), self.exact(layers, "grad")]
 
+    def ours(self, x: Tensor, layers: int = K, **options: object) -> Tensor:
+        return lightgcn_propagate(x, self.here, layers, **options)  # type: ignore[arg-type]
 
-def naive(matrix: Tensor, x: Tensor) -> Tensor:
-    layers = [x]
-    for _ in range(K):
-        layers.append(torch.sparse.mm(matrix, layers[-1]))
-    return torch.stack(layers, dim=1).mean(dim=1)
+    @cached_property
+    def others(self) -> Mapping[str, peers.Propagate]:
+        """Those with a gradient."""
+        found = peers.differentiable(self.graph, K, self.suite.device)
+        messages = self.graph.col.numel() * self.D * 4
+        if messages > PYG_BYTES and self.suite.device.type == "cpu":
+            self.suite.failures.append(f"{self.name} pyg_lgconv: its messages need {messages / 2**30:.1f} GiB a layer")
+            return found
+        try:
+            found["pyg_lgconv"] = peers.pyg(self.graph, K, self.suite.device)
+        except ImportError as error:
+            self.suite.failures.append(f"pyg_lgconv: {error}")
+        return found
 
+    @cached_property
+    def bags(self) -> peers.Propagate:
+        return partial(peers.Bags(self.graph, torch.bfloat16, self.suite.device).mean, K)
 
-def scipy_mean(matrix: scipy.sparse.csr_array, x: np.ndarray) -> Tensor:
-    total = layer = x
-    for _ in range(K):
-        layer = matrix @ layer
-        total = total + layer
-    return torch.from_numpy(total / (K + 1))
+    def backward(self, fn: peers.Propagate) -> harness.Impl:
+        return harness.backward(fn, [self.x], self.grad)
 
+    def work(self, gathered_rows: float, passes: float, dtype: torch.dtype = torch.float32) -> harness.Work:
+        """Rows gathered from a table [N, D] of `dtype`, and their columns; a pass reads x and writes a table."""
+        N, D = self.graph.num_nodes, self.D
+        streamed = gathered_rows * 4 + passes * N * D * (4 + dtype.itemsize)
+        gathered = gathered_rows * D * dtype.itemsize
+        return harness.Work(bytes=streamed, gathered=gathered, table=harness.Table(N, D, dtype))
 
-def work(graph: BipartiteGraph, D: int, layers: float, bytes_each: int = 4) -> harness.Work:
-    """A layer gathers nnz rows of the table, reads the columns and x, and writes the next table."""
-    N, nnz = graph.num_nodes, graph.col.numel()
-    streamed = nnz * 4 + N * D * (4 + bytes_each)
-    return harness.Work(
-        bytes=layers * streamed, gathered=layers * nnz * D * bytes_each, table=float(N * D * bytes_each)
-    )
+    def layer_work(self, layers: int, dtype: torch.dtype = torch.float32) -> harness.Work:
+        return self.work(layers * self.graph.col.numel(), layers, dtype)
 
+    def propagation(self) -> None:
+        """Forward alone, and with the gradient."""
 
-def peers(suite: harness.Suite, graph: BipartiteGraph) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The differentiable ones; every matrix is built before the clock runs."""
-    size, value = (graph.num_nodes, graph.num_nodes), values(graph)
-    csr = torch.sparse_csr_tensor(graph.crow, graph.col.long(), value, size).to(suite.device)
-    narrow = torch.sparse_csr_tensor(graph.crow.int(), graph.col, value, size).to(suite.device)
-    coo = csr.to_sparse_coo().coalesce()
-    return {
-        "naive": partial(naive, coo),
-        "torch_csr": partial(running_mean, csr),
-        "torch_csr_int32": partial(running_mean, narrow),
-    }
+        def forward() -> dict[str, harness.Impl]:
+            impls = {name: partial(fn, self.x) for name, fn in {"ours": self.ours, **self.others}.items()}
+            return impls | self.scipy()
 
+        def both() -> dict[str, harness.Impl]:
+            return {name: self.backward(fn) for name, fn in {"ours": self.ours, **self.others}.items()}
 
-def propagation(suite: harness.Suite, name: str, graph: BipartiteGraph, D: int) -> None:
-    here, others = graph.to(suite.device), peers(suite, graph)
-    x = suite.tensor(graph.num_nodes, D, scale=0.1)
-    matrix = scipy.sparse.csr_array((values(graph).double().numpy(), graph.col.numpy(), graph.crow.numpy()))
-    matrix.resize((graph.num_nodes, graph.num_nodes))
+        self.suite.case(
+            self.title,
+            "fwd",
+            torch.float32,
+            forward,
+            expected=lambda: self.exact(K, "x"),
+            work=lambda: self.layer_work(K),
+        )
+        self.suite.case(
+            self.title,
+            "fwd+bwd",
+            torch.float32,
+            both,
+            expected=lambda: self.truth(K),
+            work=lambda: self.layer_work(2 * K),
+        )
 
-    def exact(t: Tensor) -> Tensor:
-        return scipy_mean(matrix, t.double().cpu().numpy()).to(suite.device)
+    def scipy(self) -> dict[str, harness.Impl]:
+        return {"scipy_csr": peers.scipy_csr(self.graph, K, self.x)} if self.suite.device.type == "cpu" else {}
 
-    def ours(t: Tensor, **options: object) -> Tensor:
-        return lightgcn_propagate(t, here, K, **options)  # type: ignore[arg-type]
+    def bf16_storage(self) -> None:
+        """Intermediate layers in bfloat16, against peers in float32 and torch's bfloat16 kernel."""
+        half = partial(self.ours, storage_dtype=torch.bfloat16)
 
-    title = f"{name} D={D} K={K}"
-    forward = {"ours": partial(ours, x), **{peer: partial(fn, x) for peer, fn in others.items()}}
-    if suite.device.type == "cpu":
-        forward["scipy_csr"] = partial(scipy_mean, matrix.astype(np.float32), x.numpy())
-    suite.case(title, "fwd", x.dtype, forward, expected=lambda: exact(x), work=work(graph, D, K))
-    grad = suite.tensor(graph.num_nodes, D)
-    both = {"ours": harness.backward(ours, [x], grad)}
-    both |= {peer: harness.backward(fn, [x], grad) for peer, fn in others.items()}
-    suite.case(title, "fwd+bwd", x.dtype, both, expected=lambda: [exact(x), exact(grad)], work=work(graph, D, 2 * K))
+        def implementations() -> dict[str, peers.Propagate]:
+            chosen = {name: self.others[name] for name in ("naive", "torch_csr")}
+            return {"ours": half, "embedding_bag_bf16": self.bags, **chosen}
 
-    stored = partial(ours, storage_dtype=torch.bfloat16)
-    half = {"ours": harness.backward(stored, [x], grad), "torch_csr": both["torch_csr"], "naive": both["naive"]}
-    suite.case(
-        f"{title} bf16 storage",
-        "fwd+bwd",
-        x.dtype,
-        half,
-        expected=lambda: [exact(x), exact(grad)],
-        work=work(graph, D, 2 * K, 2),
-        tolerance=1e-3,
-    )
+        self.suite.case(
+            f"{self.title} bf16 storage",
+            "fwd",
+            torch.float32,
+            lambda: {name: partial(fn, self.x) for name, fn in implementations().items()} | self.scipy(),
+            expected=lambda: self.exact(K, "x"),
+            work=lambda: self.layer_work(K, torch.bfloat16),
+            tolerance=HALF_TOLERANCE,
+        )
+        self.suite.case(
+            f"{self.title} bf16 storage",
+            "fwd+bwd",
+            torch.float32,
+            lambda: {name: self.backward(fn) for name, fn in implementations().items()},
+            expected=lambda: self.truth(K),
+            work=lambda: self.layer_work(2 * K, torch.bfloat16),
+            tolerance=HALF_TOLERANCE,
+        )
 
-    rows = torch.cat(
-        (suite.integers(0, graph.num_users, BATCH), graph.num_users + suite.integers(0, graph.num_items, 2 * BATCH))
-    )
-    some = suite.tensor(len(rows), D)
-    spread = torch.zeros_like(x).index_add_(0, rows, some)
-    trimmed = {"ours": harness.backward(partial(ours, rows=rows), [x], some)}
-    trimmed |= {peer: harness.backward(lambda t, fn=fn: fn(t)[rows], [x], some) for peer, fn in others.items()}
-    trimmed["ours_untrimmed"] = harness.backward(lambda t: ours(t)[rows], [x], some)
-    suite.case(
-        f"{title} rows={len(rows)}",
-        "fwd+bwd",
-        x.dtype,
-        trimmed,
-        expected=lambda: [exact(x)[rows], exact(spread)],
-    )
+    @cached_property
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The node of each user, item and sampled item of one batch, drawn uniformly, and a gradient for each."""
+        self.suite.reseed(f"{self.name} batch")
+        users = self.suite.integers(0, self.graph.num_users, BATCH)
+        items = self.graph.num_users + self.suite.integers(0, self.graph.num_items, 2 * BATCH)
+        return torch.cat((users, items)), self.suite.tensor(3 * BATCH, self.D)
+
+    def rows(self) -> None:
+        """Forward and backward of a batch's rows alone."""
+
+        def expected() -> list[Tensor]:
+            rows, grad = self.batch
+            spread = torch.zeros_like(self.x, dtype=torch.float64).index_add_(0, rows, grad.double())
+            return [self.exact(K, "x")[rows], peers.exact(self.here, K, spread)]
+
+        def impls() -> dict[str, harness.Impl]:
+            rows, grad = self.batch
+            chosen = {name: self.others[name] for name in ("naive", "torch_csr", "embedding_bag")}
+            whole = {"ours_untrimmed": self.ours, **chosen}
+            trimmed = {"ours": harness.backward(partial(self.ours, rows=rows), [self.x], grad)}
+            return trimmed | {
+                name: harness.backward(lambda x, fn=fn: fn(x)[rows], [self.x], grad) for name, fn in whole.items()
+            }
+
+        def work() -> harness.Work:
+            distinct = self.batch[0].unique().cpu()
+            last = int((self.graph.crow[distinct + 1] - self.graph.crow[distinct]).sum())
+            return self.work(2.0 * ((K - 1) * self.graph.col.numel() + last), 2 * K - 2)
+
+        title = f"{self.title} rows={3 * BATCH}"
+        self.suite.case(title, "fwd+bwd", torch.float32, impls, expected=expected, work=work)
+
+    def layers(self) -> None:
+        """Ours alone from one to six layers: memory that grew with the layers would show in `peak_bytes`."""
+        for k in (1, 2, 4, 5, 6):
+            ours = partial(self.ours, layers=k)
+            for pass_ in ("fwd", "fwd+bwd"):
+                forward = pass_ == "fwd"
+                self.suite.case(
+                    f"{self.name} K={k}",
+                    pass_,
+                    torch.float32,
+                    lambda ours=ours, forward=forward: {  # type: ignore[misc]
+                        "ours": partial(ours, self.x) if forward else self.backward(ours)
+                    },
+                    expected=lambda k=k, forward=forward: (  # type: ignore[misc]
+                        self.exact(k, "x") if forward else self.truth(k)
+                    ),
+                    work=lambda k=k, forward=forward: self.layer_work(k if forward else 2 * k),  # type: ignore[misc]
+                )
 
 
 def cases(suite: harness.Suite) -> None:
     if _native.backends["lightgcn_propagate"][suite.device.type] == "reference":
         suite.failures.append("compiled kernels: none here, `ours` is the reference")
+    widths: dict[str, tuple[int, ...]]
     if suite.options.quick:
-        propagation(suite, "power-law 50k", power_law(suite, 50_000), 64)
-        small = published(suite, "ml-1m")
-        if small is not None:
-            propagation(suite, "ml-1m", small, 64)
-        return
-    for name in SPLITS:
-        graph = published(suite, name)
-        if graph is not None:
-            for D in (64, 256):
-                propagation(suite, name, graph, D)
-    propagation(suite, "power-law 1M", power_law(suite, 1_000_000), 64)
+        widths = {"power-law 50k": (64,), "ml-1m": (64,)}
+    else:
+        widths = {"gowalla": (64, 256), "ml-1m": (64, 256), "power-law 1M": (64, 256), "power-law 10M": (64,)}
+        if suite.device.type == "cuda":
+            widths["power-law 100M"] = (64,)
+    for name in graphs.available(suite, widths):
+        load = cache(partial(graphs.load, suite, name))
+        for D in widths[name]:
+            case = Case(suite, name, D, load)
+            case.propagation()
+            case.bf16_storage()
+            case.rows()
+            if name in ("gowalla", "power-law 50k") and D == 64:
+                case.layers()
 
 
 if __name__ == "__main__":

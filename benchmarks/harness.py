@@ -42,14 +42,16 @@ from typing import Any
 import machine
 import numpy as np
 import torch
-from ceilings import Work, dtype_name, floor_seconds, measure_ceilings, sample
+from ceilings import Table, Work, dtype_name, floor_seconds, gather_rate, measure_ceilings, sample
 from rows import Row, format_table, merge, write_json
 from torch import Tensor
 
-__all__ = ["Options", "Suite", "Work", "backward", "distance", "main", "measure_ceilings", "parse"]
+__all__ = ["Options", "Suite", "Table", "Work", "backward", "distance", "main", "measure_ceilings", "parse"]
 
 Output = Tensor | Sequence[Tensor]
 Impl = Callable[[], Output]
+Impls = Mapping[str, Impl]
+MIN_SAMPLES = 3  # of each implementation, whatever `--seconds` allows
 PASSES = ("fwd", "fwd+dx", "fwd+bwd", "step", "eval", "rank")
 # Normwise distance from the float64 result: a few roundings of the dtype, and the growth of a long sum.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -63,6 +65,7 @@ class Options:
     threads: int = 1
     quick: bool = False
     rounds: int = 30
+    seconds: float = math.inf
     min_sample_s: float = 2e-3
     flush_l2: bool = False
     processes: int = 1
@@ -85,6 +88,15 @@ class Suite:
         self._generator = torch.Generator().manual_seed(0)
         self._hash = hashlib.sha256()
 
+    @property
+    def by_cpu(self) -> bool:
+        """Whether processor time is what counts: one thread of a CPU."""
+        return self.device.type == "cpu" and self.options.threads == 1
+
+    def reseed(self, name: str) -> None:
+        """Makes the numbers that follow depend on this name alone, not on what was drawn before (see `--only`)."""
+        self._generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
+
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
         """Seeded N(0, scale^2) numbers on the suite's device; the same in every process and on every machine."""
         return self._recorded(torch.randn(shape, generator=self._generator).mul_(scale)).to(self.device, dtype)
@@ -104,13 +116,15 @@ class Suite:
         name: str,
         pass_: str,
         dtype: torch.dtype,
-        impls: Mapping[str, Impl],
+        impls: Impls | Callable[[], Impls],
         *,
         expected: Impl,
-        work: Work | None = None,
+        work: Work | Callable[[], Work] | None = None,
         tolerance: float | None = None,
     ) -> None:
         """Times every implementation in turn, round by round, and appends one row for each that runs.
+
+        `impls` and `work` may be functions that build them: they are not called where `--only` leaves the case out.
 
         Raises: ValueError for an unknown pass; whatever "ours" raises.
         """
@@ -120,33 +134,44 @@ class Suite:
         if self.options.only not in title:
             return
         print(title, file=sys.stderr, flush=True)
-        errors, running = self._compare(title, impls, expected)
+        errors, running = self._compare(title, impls() if callable(impls) else impls, expected)
+        work = work() if callable(work) else work
+        rate = self._gather_rate(work)
         wall, cpu = self._times(running)
         limit = TOLERANCE[dtype] if tolerance is None else tolerance
         floor = None if work is None else floor_seconds(work, self.ceilings, dtype)
         for impl, fn in running.items():
             p20, median, p80 = np.quantile(wall[impl], (0.2, 0.5, 0.8)).tolist()
-            self.rows.append(
-                Row(
-                    case=name,
-                    impl=impl,
-                    pass_=pass_,
-                    dtype=dtype_name(dtype),
-                    threads=self.options.threads,
-                    median_s=median,
-                    p20_s=p20,
-                    p80_s=p80,
-                    cpu_s=float(np.median(cpu[impl])),
-                    peak_bytes=machine.peak_bytes(fn, self.device),
-                    floor_s=floor,
-                    error=errors[impl] if math.isfinite(errors[impl]) else None,
-                    agrees=errors[impl] <= limit,  # False for NaN as well
-                )
+            row = Row(
+                case=name,
+                impl=impl,
+                pass_=pass_,
+                dtype=dtype_name(dtype),
+                threads=self.options.threads,
+                median_s=median,
+                p20_s=p20,
+                p80_s=p80,
+                cpu_s=float(np.median(cpu[impl])),
+                peak_bytes=machine.peak_bytes(fn, self.device),
+                floor_s=floor,
+                error=errors[impl] if math.isfinite(errors[impl]) else None,
+                agrees=errors[impl] <= limit,  # False for NaN as well
             )
+            if work is not None and rate is not None:
+                row.gather_fraction = work.gathered / row.seconds(self.by_cpu) / rate
+            self.rows.append(row)
 
-    def _compare(
-        self, title: str, impls: Mapping[str, Impl], expected: Impl
-    ) -> tuple[dict[str, float], dict[str, Impl]]:
+    def _gather_rate(self, work: Work | None) -> float | None:
+        """The ceiling of the table that the case gathers from, measured once a run, just before the case."""
+        if work is None or work.table is None or not self.ceilings:
+            return None
+        rates: dict[str, float] = self.ceilings["table_bytes_per_s"]
+        name = str(work.table)
+        if name not in rates:
+            rates[name] = gather_rate(work.table, self.device, quick=self.options.quick)
+        return rates[name]
+
+    def _compare(self, title: str, impls: Impls, expected: Impl) -> tuple[dict[str, float], dict[str, Impl]]:
         """Runs each once: its distance from what is expected, and those that run at all."""
         truth = [t.detach().double() for t in _listed(expected())]
         errors, running = {}, {}
@@ -159,31 +184,44 @@ class Suite:
                 self.failures.append(f"{title} {impl}: {str(error).splitlines()[0]}")
         return errors, running
 
-    def _times(self, impls: Mapping[str, Impl]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    def _times(self, impls: Impls) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """Seconds of one call, wall and processor, [rounds] each; the order rotates so that no one is always first."""
         flush = torch.empty(256 << 20, dtype=torch.uint8, device=self.device) if self.options.flush_l2 else None
-        repeats = {name: self._repeats(fn) if flush is None else 1 for name, fn in impls.items()}
-        names = list(impls)
+        seconds = {name: self._warm_up(fn) for name, fn in impls.items()}
+        least = 0.0 if flush is not None else self.options.min_sample_s
+        repeats = {name: max(1, min(1000, math.ceil(least / call))) for name, call in seconds.items()}
+        samples = {name: self._samples(repeats[name] * call) for name, call in seconds.items()}
+        names, turns = list(impls), max(samples.values())
         wall: dict[str, list[float]] = {name: [] for name in names}
         cpu: dict[str, list[float]] = {name: [] for name in names}
         gc.collect()
         gc.disable()  # a collection in the middle of a sample would be charged to whoever ran then
         try:
-            for turn in range(self.options.rounds):
+            for turn in range(turns):
                 first = turn % len(names)
                 for name in names[first:] + names[:first]:
-                    seconds, processor = sample(impls[name], repeats[name], self.device, flush)
-                    wall[name].append(seconds)
+                    # A slow one has fewer samples, spread evenly over the turns.
+                    if (turn + 1) * samples[name] // turns == turn * samples[name] // turns:
+                        continue
+                    elapsed, processor = sample(impls[name], repeats[name], self.device, flush)
+                    wall[name].append(elapsed)
                     cpu[name].append(processor)
         finally:
             gc.enable()
         return wall, cpu
 
-    def _repeats(self, fn: Impl) -> int:
-        """Calls per sample, so that a sample is long against the clock; also the warm-up."""
-        sample(fn, 2, self.device)
-        seconds = max(sample(fn, 3, self.device)[0], 1e-7)
-        return max(1, min(1000, math.ceil(self.options.min_sample_s / seconds)))
+    def _samples(self, seconds: float) -> int:
+        """How many samples of that length: `--rounds`, fewer where `--seconds` ends before, but at least three."""
+        allowed = min(self.options.seconds / seconds, 1e6)
+        return min(self.options.rounds, max(MIN_SAMPLES, int(allowed)))
+
+    def _warm_up(self, fn: Impl) -> float:
+        """Seconds of one call, after a few where they are short."""
+        seconds = sample(fn, 1, self.device)[0]
+        if seconds < 0.05:
+            sample(fn, 2, self.device)
+            seconds = sample(fn, 3, self.device)[0]
+        return max(seconds, 1e-7)
 
     def _recorded(self, value: Tensor) -> Tensor:
         self._hash.update(value.numpy().tobytes())
@@ -246,6 +284,9 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="processor threads, pinned to as many cores")
     parser.add_argument("--rounds", type=int, help="samples of each implementation (30; 5 with --quick)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="for each implementation in a case, at least three samples"
+    )
     parser.add_argument("--processes", type=int, default=1, help="run that many times afresh; medians over them")
     parser.add_argument("--flush-l2", action="store_true", help="overwrite 256 MiB before every sample")
     parser.add_argument("--only", default="", help="cases whose 'name pass dtype' contains this text")
@@ -254,6 +295,8 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
         value = getattr(given, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
+    if not given.seconds > 0:
+        parser.error(f"--seconds: expected more than 0, got {given.seconds}")
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device: expected a device of this machine, got {given.device!r}")
     return Options(
@@ -261,6 +304,7 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
         threads=given.threads,
         quick=given.quick,
         rounds=given.rounds or (5 if given.quick else 30),
+        seconds=given.seconds,
         min_sample_s=5e-4 if given.quick else 2e-3,
         flush_l2=given.flush_l2,
         processes=given.processes,
@@ -298,7 +342,7 @@ def main(cases: Callable[[Suite], None], doc: str | None, argv: Sequence[str] | 
         result = suite.to_json()
     rows = [Row.from_json(row) for row in result["rows"]]
     print(f"{result['device']}, {result['simd']}, torch {result['versions']['torch']}, commit {result['commit']}")
-    print(format_table(rows) or "no case was run")
+    print(format_table(rows, options.device == "cpu" and options.threads == 1) or "no case was run")
     for failure in result["failures"]:
         print(f"not run: {failure}")
     if options.json is not None:

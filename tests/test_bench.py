@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -27,7 +28,19 @@ CEILINGS = {
     "copy_bytes_per_s": {"1000": 10.0, "1000000": 100.0},
     "gather_bytes_per_s": {"1000": 50.0, "1000000": 5.0},
     "gemm_flops_per_s": {"float32": 2.0, "bfloat16": 4.0},
+    "table_bytes_per_s": {"10 x 4 float32": 5.0},
 }
+MODULES = (
+    "harness",
+    "machine",
+    "rows",
+    "ceilings",
+    "bench_inject",
+    "bench_propagate",
+    "graphs",
+    "propagate_peers",
+    "cusparse",
+)
 
 
 @pytest.fixture
@@ -39,12 +52,12 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
     monkeypatch.setattr(machine, "pin", lambda threads: None)
     yield module
-    for name in ("harness", "machine", "rows", "ceilings", "bench_inject"):
+    for name in MODULES:
         sys.modules.pop(name, None)
 
 
 def tiny(harness: ModuleType, **options: Any) -> Any:
-    return harness.Suite(harness.Options(rounds=2, min_sample_s=0.0, **options), CEILINGS)
+    return harness.Suite(harness.Options(rounds=2, min_sample_s=0.0, **options), copy.deepcopy(CEILINGS))
 
 
 def doubling(suite: Any) -> None:
@@ -127,8 +140,78 @@ def test_the_floor_is_the_slowest_need_at_the_ceilings(harness: ModuleType) -> N
     assert floor_seconds(work(bytes=2e6), CEILINGS, torch.float32) == 2e4
     assert floor_seconds(work(bytes=10, flops=40), CEILINGS, torch.bfloat16) == 10.0
     assert floor_seconds(work(flops=40), CEILINGS, torch.float64) == 20.0
-    assert floor_seconds(work(gathered=100, table=9e5), CEILINGS, torch.float32) == 20.0
+    table = harness.Table(10, 4, torch.float32)
+    assert floor_seconds(work(gathered=100, table=table), CEILINGS, torch.float32) == 20.0
     assert floor_seconds(work(bytes=1), {}, torch.float32) is None
+
+
+def test_a_case_is_held_against_the_gather_ceiling_of_its_own_table(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def rate(table: Any, device: torch.device, *, quick: bool) -> float:
+        asked.append(str(table))
+        return 1e3
+
+    monkeypatch.setattr(harness, "gather_rate", rate)
+    suite, x = tiny(harness), torch.ones(10, 4)
+    work = harness.Work(gathered=64.0, table=harness.Table(10, 2, torch.bfloat16))
+    for name in ("a", "b"):
+        suite.case(name, "fwd", x.dtype, lambda: {"ours": lambda: x * 2}, expected=lambda: x * 2, work=lambda: work)
+    suite.case("none", "fwd", x.dtype, {"ours": lambda: x * 2}, expected=lambda: x * 2)
+    assert asked == ["10 x 2 bfloat16"] and suite.ceilings["table_bytes_per_s"]["10 x 2 bfloat16"] == 1e3
+    first, _, without = suite.rows
+    assert first.gather_fraction == pytest.approx(64.0 / first.seconds(True) / 1e3) and first.floor_s == 0.064
+    assert without.gather_fraction is None and first.to_json()["gather_fraction"] == first.gather_fraction
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gather_rates_and_ceilings_are_measured(harness: ModuleType, dtype: torch.dtype) -> None:
+    from ceilings import Table, _on_huge_pages, gather_rate
+
+    table = Table(1000, 16, dtype)
+    assert table.row_bytes == 16 * dtype.itemsize and gather_rate(table, torch.device("cpu"), quick=True) > 0
+    huge = _on_huge_pages((300, 7), dtype)
+    assert huge.shape == (300, 7) and huge.dtype == dtype and bool((huge == 1).all())
+
+
+def test_slow_implementations_have_fewer_samples_spread_over_the_turns(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, calls = harness.Suite(harness.Options(rounds=12, min_sample_s=0.0, seconds=6.0)), []
+    seconds = {"fast": 0.5, "slow": 1.5, "slower": 100.0}
+    monkeypatch.setattr(suite, "_warm_up", lambda fn: seconds[fn()])
+    monkeypatch.setattr(harness, "sample", lambda fn, *more: (calls.append(fn()), (1.0, 2.0))[1])
+    wall, cpu = suite._times({name: lambda name=name: name for name in seconds})
+    assert {name: len(times) for name, times in wall.items()} == {"fast": 12, "slow": 4, "slower": 3}
+    assert cpu["slower"] == [2.0] * 3 and calls.count("fast") == 12
+    assert calls.index("slower") > 3 and calls[-4:].count("slower") == 1
+    suite = harness.Suite(harness.Options(rounds=2, min_sample_s=0.0))
+    assert suite._samples(1e9) == 2 and suite._samples(1e-9) == 2
+
+
+def test_what_is_drawn_after_reseed_depends_on_the_name_alone(harness: ModuleType) -> None:
+    one, other = tiny(harness), tiny(harness)
+    one.tensor(5)
+    one.reseed("a")
+    other.reseed("a")
+    assert torch.equal(one.tensor(4), other.tensor(4))
+    other.reseed("b")
+    assert not torch.equal(one.tensor(4), other.tensor(4))
+
+
+def test_one_pinned_thread_is_compared_by_processor_time(harness: ModuleType) -> None:
+    from rows import format_table
+
+    suite, x = tiny(harness), torch.ones(3)
+    impls = {"ours": lambda: x * 2, "torch": lambda: x + x}
+    suite.case("a", "fwd", x.dtype, impls, expected=lambda: x * 2)
+    for row, cpu, wall in zip(suite.rows, (1.0, 3.0), (2.0, 2.0), strict=True):
+        row.cpu_s, row.median_s = cpu, wall
+    assert suite.by_cpu and "= 3.00x ours" in format_table(suite.rows, suite.by_cpu)
+    assert "= 1.00x ours" in format_table(suite.rows)
+    assert not tiny(harness, threads=2).by_cpu
 
 
 def test_the_machine_is_described(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +234,7 @@ def test_the_machine_is_described(harness: ModuleType, monkeypatch: pytest.Monke
     [
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--rounds", "-1"], "--rounds: expected at least 1, got -1"),
+        (["--seconds", "0"], "--seconds: expected more than 0, got 0.0"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
@@ -217,6 +301,9 @@ def test_merge_takes_medians(harness: ModuleType) -> None:
     first, second, _ = merge(results)["rows"]
     assert first["median_s"] == 2.0 and first["peak_bytes"] is None and first["agrees"] is False
     assert second["peak_bytes"] == 11 and second["agrees"] is True
+    for number, rate in enumerate((5.0, 1.0, 2.0)):
+        results[number]["ceilings"]["table_bytes_per_s"] = {"both": rate, str(number): 1.0}
+    assert merge(results)["ceilings"]["table_bytes_per_s"] == {"both": 2.0}
 
 
 def test_a_process_without_a_result_is_an_error(harness: ModuleType, tmp_path: Path) -> None:
@@ -234,6 +321,68 @@ def test_every_injection_agrees(harness: ModuleType) -> None:
     bench_inject.sums(suite, 32, 8, 5, torch.float32)
     assert suite.failures == [] and all(row.agrees for row in suite.rows)
     assert {row.pass_ for row in suite.rows} == {"fwd", "fwd+bwd"} and len({row.impl for row in suite.rows}) == 7
+
+
+def test_every_propagation_agrees(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_propagate
+    import machine
+
+    monkeypatch.setattr(machine, "peak_bytes", lambda fn, device: 1)  # collects garbage each time
+    monkeypatch.setattr(harness, "gather_rate", lambda table, device, quick: 1e9)
+    monkeypatch.setattr(bench_propagate, "BATCH", 8)
+    suite = tiny(harness)
+    case = bench_propagate.Case(suite, "toy", 8, lambda: bench_propagate.graphs.power_law(suite, 2000))
+    case.propagation()
+    case.bf16_storage()
+    case.rows()
+    case.layers()
+    lacking = [failure for failure in suite.failures if "torch_geometric, which is not installed" not in failure]
+    assert lacking == [] and all(row.agrees for row in suite.rows), suite.rows
+    assert {"ours", "naive", "torch_csr", "torch_csr_int32", "embedding_bag", "scipy_csr"} <= {
+        row.impl for row in suite.rows if row.pass_ == "fwd"
+    }
+    assert {row.case for row in suite.rows} >= {"toy D=8 K=3", "toy D=8 K=3 bf16 storage", "toy D=8 K=3 rows=24"}
+    assert {row.case for row in suite.rows if row.case.endswith("K=6")} == {"toy D=8 K=6"}
+
+
+def test_nothing_is_built_for_a_case_that_is_left_out(harness: ModuleType) -> None:
+    import bench_propagate
+
+    suite = tiny(harness, only="elsewhere")
+    case = bench_propagate.Case(suite, "toy", 8, lambda: pytest.fail("the graph was loaded"))
+    case.propagation()
+    case.bf16_storage()
+    case.rows()
+    case.layers()
+    assert suite.rows == [] and suite.failures == []
+
+
+def test_graphs(harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import graphs
+
+    suite = tiny(harness)
+    graph = graphs.load(suite, "power-law 50k")
+    assert graph.num_users == 2000 and graph.num_items == 1250 and 45_000 < graph.num_edges < 50_000
+    degree = graph.crow.diff()
+    assert 0.1 < int(degree[2000:].max()) / 2000 < 0.3 and int(degree[:2000].max()) < 60
+    assert torch.equal(graphs.load(tiny(harness), "power-law 50k").col, graph.col)
+    monkeypatch.setattr(graphs, "DATA", tmp_path)
+    assert graphs.available(suite, ["gowalla", "power-law 1M"]) == ["power-law 1M"]
+    assert suite.failures == ["gowalla: no gowalla-lightgcn/train.parquet"]
+
+
+def test_a_peer_that_is_not_installed_is_named(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_propagate
+    import propagate_peers
+
+    monkeypatch.setattr(propagate_peers.importlib.util, "find_spec", lambda name: None)
+    suite = tiny(harness)
+    case = bench_propagate.Case(suite, "toy", 8, lambda: bench_propagate.graphs.power_law(suite, 500))
+    assert "pyg_lgconv" not in case.others
+    assert suite.failures == ["pyg_lgconv: needs torch_geometric, which is not installed"]
+    monkeypatch.setattr(bench_propagate, "PYG_BYTES", 100)
+    case = bench_propagate.Case(suite, "big", 8, lambda: bench_propagate.graphs.power_law(suite, 500))
+    assert "pyg_lgconv" not in case.others and "big D=8 pyg_lgconv: its messages need 0.0 GiB" in suite.failures[1]
 
 
 @requires("cuda")
