@@ -2,15 +2,13 @@
 //
 // With S = D^-1/2 and h_0 = x, the recurrence h_k = x + S A S h_{k-1} ends in h_K = sum_k (S A S)^k x, so the layer
 // mean costs no buffer and no extra pass: a layer gathers rows of g = S h and writes the next g. There are no edge
-// values, and the scratch is two [N, D] tables at any number of layers. The inner loops are in propagate_kernel.h,
-// the checks of shapes and dtypes in ../propagate.h, the division into tasks in propagate_plan.h, the specification in
-// collm_fast/reference.py.
+// values, and at any number of layers the scratch is one [N, D] table: the result's memory serves as the other. The
+// inner loops are in propagate_kernel.h, a layer in propagate_layer.h, the checks of shapes and dtypes in
+// ../propagate.h, the specification in collm_fast/reference.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <atomic>
@@ -26,27 +24,17 @@
 
 #include "../philox.h"
 #include "../propagate.h"
+#include "huge_pages.h"
 #include "isa.h"
-#include "propagate_plan.h"
+#include "propagate_layer.h"
 
 namespace collm {
 namespace {
 
 using namespace propagation;
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::stable::parallel_for;
 
 constexpr const char* kOp = "lightgcn_propagate";
 constexpr const char* kBackward = "lightgcn_propagate_backward";
-
-// The inner loops of one instruction set, for tables stored as S and sums in A.
-template <typename S, typename A>
-struct Kernel {
-  void (*gather)(const int32_t* col, int64_t begin, int64_t end, int64_t last, const S* table, int64_t D, A* sum);
-  void (*store)(const A* x, A a, const A* sum, A b, int64_t D, S* out);
-  bool (*any_outside)(const int32_t* col, int64_t begin, int64_t end, int64_t nodes);
-};
 
 namespace baseline {
 #define COLLM_LANE_BYTES 16
@@ -68,11 +56,12 @@ namespace avx2 {
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 namespace avx512 {
 #define COLLM_LANE_BYTES 64
@@ -99,175 +88,10 @@ Kernel<S, A> kernel() {
   return baseline::kernel<S, A>();
 }
 
-template <typename F>
-void dispatch(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      return f(double{});
-  }
-}
-
-// --- what a layer adds to its sums ------------------------------------------------------------------------------
-// x itself, at any strides, or (slot given) the sums of the gradient's rows, zero wherever slot is -1.
-template <typename A>
-struct Source {
-  const void* data;
-  ScalarType type;
-  int64_t stride[2];
-  int64_t D;
-  const int32_t* slot = nullptr;
-
-  // The row of a node in A; in place where it can be, else in `buffer`. Null: a row of zeros.
-  const A* row(int64_t node, A* buffer) const {
-    if (slot != nullptr) {
-      return slot[node] < 0 ? nullptr : static_cast<const A*>(data) + slot[node] * D;
-    }
-    const A* result = buffer;
-    dispatch(type, [&](auto tag) {
-      using X = decltype(tag);
-      const X* from = static_cast<const X*>(data) + node * stride[0];
-      if constexpr (std::is_same_v<X, A>) {
-        if (stride[1] == 1) {
-          result = from;
-          return;
-        }
-      }
-      for (int64_t d = 0; d < D; ++d) {
-        buffer[d] = static_cast<A>(from[d * stride[1]]);
-      }
-    });
-    return result;
-  }
-};
-
 template <typename A>
 Source<A> source(const Tensor& x) {
-  return {x.data_ptr(), x.scalar_type(), {x.stride(0), x.stride(1)}, x.size(1)};
+  return {x.data_ptr(), x.scalar_type(), {x.stride(0), x.stride(1)}};
 }
-
-// Where a layer's rows go: the next table (every row scaled by its node's S once more), or the result.
-struct Sink {
-  void* data;
-  ScalarType type;
-  bool is_result;
-  double mean;  // 1 / (K + 1), for the result
-  double keep;  // 1 / (1 - p): the factor of an edge that dropout kept
-};
-
-// Names the first column outside the graph, which has one.
-[[noreturn]] void fail_at_column(const char* op, const Graph& graph) {
-  int64_t e = 0;
-  while (graph.col[e] >= 0 && graph.col[e] < graph.nodes) {
-    ++e;
-  }
-  fail(op, "col in [0, ", graph.nodes, "), got ", graph.col[e], " at edge ", e);
-}
-
-template <typename S, typename A>
-struct Layer {
-  const Graph& graph;
-  const Plan& plan;
-  const S* table;
-  const int32_t* slot;  // if given, the table holds rows of these slots only: the first layer of a sparse backward
-  Source<A> x;
-  Sink sink;
-  const char* check_columns;  // the op that rejects a column outside the graph; null: they were checked before
-  std::atomic<bool> outside{false};
-
-  int64_t D() const { return x.D; }
-
-  void store(int64_t position, const A* sum, A* buffer) const {
-    const int64_t node = plan.node(position);
-    const A s = graph.inv[node];
-    const A* row = x.row(node, buffer);
-    const A a = sink.is_result ? A(sink.mean) : s;
-    const A b = a * s * A(sink.keep);
-    dispatch(sink.type, [&](auto tag) {
-      using T = decltype(tag);
-      if constexpr (std::is_same_v<T, double> == std::is_same_v<A, double>) {
-        kernel<T, A>().store(row, a, sum, b, D(), static_cast<T*>(sink.data) + position * D());
-      }
-    });
-  }
-
-  void sum_edges(int64_t begin, int64_t end, int64_t last, int32_t* list, A* sum) const {
-    if (slot == nullptr) {
-      kernel<S, A>().gather(graph.col, begin, end, last, table, D(), sum);
-      return;
-    }
-    int64_t count = 0;
-    for (int64_t e = begin; e < end; ++e) {
-      const int32_t s = slot[graph.col[e]];
-      list[count] = s;
-      count += s >= 0;
-    }
-    kernel<S, A>().gather(list, 0, count, count, table, D(), sum);
-  }
-
-  bool reject(int64_t begin, int64_t end) {
-    if (check_columns != nullptr && kernel<S, A>().any_outside(graph.col, begin, end, graph.nodes)) {
-      outside.store(true, std::memory_order_relaxed);
-      return true;
-    }
-    return false;
-  }
-
-  // The columns are checked task by task, just before they are read again: the check costs no pass over memory.
-  void run_task(const Task& task, A* partial, A* sum, A* buffer, int32_t* list) {
-    if (task.piece >= 0) {
-      const Piece& piece = plan.pieces[task.piece];
-      if (!reject(piece.begin, piece.end)) {
-        sum_edges(piece.begin, piece.end, piece.end, list, partial + task.piece * D());
-      }
-      return;
-    }
-    const bool contiguous = plan.rows == nullptr;
-    const int64_t last = contiguous ? graph.end[task.last - 1] : 0;
-    if (contiguous && reject(graph.begin[task.first], last)) {
-      return;
-    }
-    for (int64_t p = task.first; p < task.last; ++p) {
-      const int64_t node = plan.node(p), begin = graph.begin[node], end = graph.end[node];
-      if (!contiguous && reject(begin, end)) {
-        continue;
-      }
-      sum_edges(begin, end, contiguous ? last : end, list, sum);
-      store(p, sum, buffer);
-    }
-  }
-
-  void run() {
-    std::unique_ptr<A[]> partial(new A[plan.pieces.size() * D()]);
-    parallel_for(0, static_cast<int64_t>(plan.tasks.size()), 1, [&](int64_t first, int64_t last) {
-      std::unique_ptr<A[]> scratch(new A[2 * D()]);
-      std::unique_ptr<int32_t[]> list(slot == nullptr ? nullptr : new int32_t[kHubEdges + 1]);
-      for (int64_t t = first; t < last; ++t) {
-        run_task(plan.tasks[t], partial.get(), scratch.get(), scratch.get() + D(), list.get());
-      }
-    });
-    if (outside.load()) {
-      fail_at_column(check_columns, graph);
-    }
-    parallel_for(0, static_cast<int64_t>(plan.hubs.size()), 1, [&](int64_t first, int64_t last) {
-      std::unique_ptr<A[]> buffer(new A[D()]);
-      for (int64_t h = first; h < last; ++h) {
-        A* sum = partial.get() + plan.hubs[h].first_piece * D();
-        for (int64_t piece = plan.hubs[h].first_piece + 1; piece < plan.hubs[h].last_piece; ++piece) {
-          for (int64_t d = 0; d < D(); ++d) {
-            sum[d] += partial[piece * D() + d];
-          }
-        }
-        store(plan.hubs[h].position, sum, buffer.get());
-      }
-    });
-  }
-};
 
 // --- arguments --------------------------------------------------------------------------------------------------
 void check_crow(const char* op, const int64_t* crow, int64_t nodes, int64_t nnz) {
@@ -326,23 +150,18 @@ struct CallGraph {
     col.reset(new int32_t[graph.nnz]);
     end.reset(new int64_t[graph.nodes]);
     std::atomic<bool> outside{false};
+    const Kernel<float, float> loops = kernel<float, float>();
     parallel_for(0, graph.nodes, 256, [&](int64_t first, int64_t last) {
-      if (kernel<float, float>().any_outside(graph.col, graph.begin[first], graph.end[last - 1], graph.nodes)) {
+      if (loops.any_outside(graph.col, graph.begin[first], graph.end[last - 1], graph.nodes)) {
         outside.store(true, std::memory_order_relaxed);
         return;
       }
       for (int64_t i = first; i < last; ++i) {
-        int64_t next = graph.begin[i];
-        for (int64_t e = graph.begin[i]; e < graph.end[i]; ++e) {
-          const int32_t c = graph.col[e];
-          const uint32_t user = static_cast<uint32_t>(std::min<int64_t>(i, c));
-          const uint32_t item = static_cast<uint32_t>(std::max<int64_t>(i, c));
-          col[next] = c;
-          next += edge_keep(seed, user, item, threshold);
-        }
-        end[i] = next;
+        const int64_t begin = graph.begin[i], count = graph.end[i] - begin;
+        end[i] = begin + loops.keep_edges(seed, threshold, static_cast<int32_t>(i), graph.col + begin, count,
+                                          col.get() + begin);
         // What lies behind is fetched ahead, and must be columns too.
-        std::fill(col.get() + next, col.get() + graph.end[i], 0);
+        std::fill(col.get() + end[i], col.get() + begin + count, 0);
       }
     });
     if (outside.load()) {
@@ -365,43 +184,62 @@ void dispatch_storage(ScalarType type, const F& f) {
 }
 
 // --- forward ----------------------------------------------------------------------------------------------------
-// out[p] = a(node) x[node] for each position: layer 0, and the whole result where there are no layers.
-template <typename A>
-void scale_rows(const Graph& graph, const int64_t* rows, int64_t count, const Source<A>& x, const Sink& sink) {
-  parallel_for(0, count, 512, [&](int64_t first, int64_t last) {
-    std::unique_ptr<A[]> buffer(new A[x.D]);
-    dispatch(sink.type, [&](auto tag) {
-      using T = decltype(tag);
-      if constexpr (std::is_same_v<T, double> == std::is_same_v<A, double>) {
-        const auto store = kernel<T, A>().store;
-        for (int64_t p = first; p < last; ++p) {
-          const int64_t node = rows == nullptr ? p : rows[p];
-          const A a = sink.is_result ? A(1) : A(graph.inv[node]);
-          store(x.row(node, buffer.get()), a, nullptr, A(0), x.D, static_cast<T*>(sink.data) + p * x.D);
-        }
-      }
-    });
-  });
+Tensor large_tensor(const Tensor& like, int64_t rows, int64_t D, ScalarType type) {
+  Tensor result = torch::stable::new_empty(like, {rows, D}, type);
+  advise_huge_pages(result.data_ptr(), rows * D * element_bytes(type));
+  return result;
 }
 
-// Layers `first` .. K over tables of the storage type, from the table of layer first - 1 to the result.
+// The tables g_0 .. g_{K-1} of one call in the memory of two. The last layer reads from scratch of our own, so the
+// tables between may lie where the result will, if that is large enough.
+struct Tables {
+  int64_t K;
+  ScalarType type;
+  Tensor own;
+  Tensor other;
+
+  Tables(const Tensor& out, int64_t nodes, int64_t D, int64_t layers, ScalarType storage, int64_t first)
+      : K(layers), type(storage) {
+    own = large_tensor(out, nodes, D, storage);
+    if (first < K - 1) {
+      const bool fits = out.size(0) == nodes && element_bytes(out.scalar_type()) >= element_bytes(storage);
+      other = fits ? out : large_tensor(out, nodes, D, storage);
+    }
+  }
+
+  // Where g_k lies.
+  void* of(int64_t k) const { return (K - 1 - k) % 2 == 0 ? own.data_ptr() : other.data_ptr(); }
+};
+
+// Layers `first` .. K, from g_{first-1} to the result.
 template <typename S, typename A>
-void run_layers(const Graph& graph, const Source<A>& x, int64_t first, int64_t K, Tensor table, const Plan* all,
-                const Plan& last, const Tensor& out, double keep) {
-  Tensor spare;
-  const ScalarType storage = table.scalar_type();
-  if (first < K) {
-    spare = torch::stable::new_empty(table, table.sizes());
-  }
-  for (int64_t k = first; k <= K; ++k) {
-    const bool is_result = k == K;
-    const Tensor& target = is_result ? out : spare;
-    const Sink sink{target.data_ptr(), is_result ? out.scalar_type() : storage, is_result, 1.0 / (K + 1.0), keep};
-    Layer<S, A> layer{graph, is_result ? last : *all, static_cast<const S*>(table.data_ptr()), nullptr, x,
-                      sink,  k == 1 ? kOp : nullptr};
+void run_layers(const CallGraph& graph, const Source<A>& x, int64_t first, const Tables& tables, const Plan* all,
+                const Plan& last, const Tensor& out) {
+  for (int64_t k = first; k <= tables.K; ++k) {
+    const bool is_result = k == tables.K;
+    const LayerCall<A> call{tables.of(k - 1),
+                            out.size(1),
+                            graph.graph.inv,
+                            x,
+                            is_result ? out.data_ptr() : tables.of(k),
+                            is_result ? out.scalar_type() : tables.type,
+                            !is_result,
+                            A(1.0 / (tables.K + 1.0)),
+                            A(graph.keep),
+                            0};
+    Layer<S, A> layer{kernel<S, A>(), graph.graph, is_result ? last : *all, call, nullptr, k == 1 ? kOp : nullptr};
     layer.run();
-    std::swap(table, spare);
   }
+}
+
+// out[p] = a(node) x[node] for each position: g_0, and the whole result where there are no layers.
+template <typename S, typename A>
+void scale_rows(const Graph& graph, const int64_t* rows, int64_t count, const LayerCall<A>& call) {
+  parallel_for(0, count, 512, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<A[]> buffer(new A[call.D]);
+    const std::unique_ptr<int64_t[]> no_edges(new int64_t[last - first]());
+    kernel<S, A>().rows(call, {graph.col, no_edges.get(), no_edges.get(), 0, rows, first, last - first}, buffer.get());
+  });
 }
 
 Tensor propagate(const Tensor& x, const Tensor& crow, const Tensor& col, const Tensor& inv, int64_t num_layers,
@@ -415,7 +253,7 @@ Tensor propagate(const Tensor& x, const Tensor& crow, const Tensor& col, const T
   const std::vector<int64_t> wanted = rows ? read_rows(kOp, *rows, nodes) : std::vector<int64_t>();
   const int64_t* wanted_data = rows ? wanted.data() : nullptr;
   const int64_t count = rows ? static_cast<int64_t>(wanted.size()) : nodes;
-  Tensor out = torch::stable::new_empty(x, {count, D});
+  const Tensor out = large_tensor(x, count, D, x.scalar_type());
   if (count == 0 || D == 0) {
     return out;
   }
@@ -427,14 +265,16 @@ Tensor propagate(const Tensor& x, const Tensor& crow, const Tensor& col, const T
     using A = decltype(a_tag);
     const Source<A> from = source<A>(x);
     if (num_layers == 0) {
-      scale_rows<A>(call.graph, wanted_data, count, from, {out.data_ptr(), out.scalar_type(), true, 1.0, 1.0});
+      scale_rows<S, A>(call.graph, wanted_data, count,
+                       {nullptr, D, call.graph.inv, from, out.data_ptr(), out.scalar_type(), false, A(1), A(1), 0});
       return;
     }
-    Tensor table = torch::stable::new_empty(x, {nodes, D}, storage);
-    scale_rows<A>(call.graph, nullptr, nodes, from, {table.data_ptr(), storage, false, 1.0, 1.0});
+    const Tables tables(out, nodes, D, num_layers, storage, 0);
+    scale_rows<S, A>(call.graph, nullptr, nodes,
+                     {nullptr, D, call.graph.inv, from, tables.of(0), storage, true, A(1), A(1), 0});
     const Plan last = make_plan(call.graph, wanted_data, count);
     const Plan all = rows && num_layers > 1 ? make_plan(call.graph, nullptr, nodes) : Plan{};
-    run_layers<S, A>(call.graph, from, 1, num_layers, table, rows ? &all : &last, last, out, call.keep);
+    run_layers<S, A>(call, from, 1, tables, rows ? &all : &last, last, out);
   });
   return out;
 }
@@ -463,7 +303,7 @@ struct SparseGradient {
     }
     start.push_back(static_cast<int64_t>(order.size()));
     const Source<A> from = source<A>(grad);
-    const int64_t D = from.D;
+    const int64_t D = grad.size(1);
     sums.reset(new A[nodes.size() * D]);
     parallel_for(0, static_cast<int64_t>(nodes.size()), 64, [&](int64_t first, int64_t last) {
       std::unique_ptr<A[]> buffer(new A[D]);
@@ -471,7 +311,7 @@ struct SparseGradient {
         A* sum = sums.get() + n * D;
         std::fill(sum, sum + D, A(0));
         for (int64_t i = start[n]; i < start[n + 1]; ++i) {
-          const A* row = from.row(order[i], buffer.get());
+          const A* row = from.row(order[i], D, buffer.get());
           for (int64_t d = 0; d < D; ++d) {
             sum[d] += row[d];
           }
@@ -482,27 +322,37 @@ struct SparseGradient {
 };
 
 template <typename S, typename A>
-void propagate_sparse(const Graph& graph, const SparseGradient<A>& sparse, int64_t K, ScalarType storage,
-                      const Tensor& out, double keep) {
-  const int64_t D = out.size(1);
-  const Source<A> from{sparse.sums.get(), accumulator(storage), {D, 1}, D, sparse.slot.data()};
+void propagate_sparse(const CallGraph& graph, const SparseGradient<A>& sparse, int64_t K, ScalarType storage,
+                      const Tensor& out) {
+  const int64_t D = out.size(1), nodes = graph.graph.nodes;
+  const Source<A> from{sparse.sums.get(), accumulator(storage), {D, 1}, sparse.slot.data()};
+  LayerCall<A> call{nullptr,           D,     graph.graph.inv,    from,          out.data_ptr(),
+                    out.scalar_type(), false, A(1.0 / (K + 1.0)), A(graph.keep), 0};
   if (K == 0) {
-    scale_rows<A>(graph, nullptr, graph.nodes, from, {out.data_ptr(), out.scalar_type(), true, 1.0, 1.0});
+    scale_rows<S, A>(graph.graph, nullptr, nodes, call);
     return;
   }
   const int64_t distinct = static_cast<int64_t>(sparse.nodes.size());
-  std::unique_ptr<A[]> scaled(new A[distinct * D]);
+  const std::unique_ptr<A[]> scaled(new A[distinct * D]);
   for (int64_t n = 0; n < distinct; ++n) {
-    const A s = graph.inv[sparse.nodes[n]];
-    kernel<A, A>().store(sparse.sums.get() + n * D, s, nullptr, A(0), D, scaled.get() + n * D);
+    const A s = graph.graph.inv[sparse.nodes[n]];
+    for (int64_t d = n * D; d < (n + 1) * D; ++d) {
+      scaled[d] = s * sparse.sums[d];
+    }
   }
-  const Plan all = make_plan(graph, nullptr, graph.nodes);
-  Tensor table = K == 1 ? out : torch::stable::new_empty(out, {graph.nodes, D}, storage);
-  const Sink sink{table.data_ptr(), table.scalar_type(), K == 1, 1.0 / (K + 1.0), keep};
-  Layer<A, A> layer{graph, all, scaled.get(), sparse.slot.data(), from, sink, kBackward};
+  const Plan all = make_plan(graph.graph, nullptr, nodes);
+  std::optional<Tables> tables;
+  call.table = scaled.get();
+  if (K > 1) {
+    tables.emplace(out, nodes, D, K, storage, 1);
+    call.out = tables->of(1);
+    call.out_type = storage;
+    call.is_table = true;
+  }
+  Layer<A, A> layer{kernel<A, A>(), graph.graph, all, call, sparse.slot.data(), kBackward};
   layer.run();
   if (K > 1) {
-    run_layers<S, A>(graph, from, 2, K, table, &all, all, out, keep);
+    run_layers<S, A>(graph, from, 2, *tables, &all, all, out);
   }
 }
 
@@ -518,7 +368,7 @@ Tensor propagate_backward(const Tensor& grad, const Tensor& crow, const Tensor& 
   COLLM_CHECK(rows.numel() == grad.size(0), op, "rows of shape [", grad.size(0), "], got ", shape(rows));
   check_crow(op, static_cast<const int64_t*>(crow.data_ptr()), nodes, col.numel());
   const std::vector<int64_t> wanted = read_rows(op, rows, nodes);
-  Tensor out = torch::stable::new_empty(grad, {nodes, D});
+  const Tensor out = large_tensor(grad, nodes, D, grad.scalar_type());
   if (nodes == 0 || D == 0) {
     return out;
   }
@@ -527,7 +377,7 @@ Tensor propagate_backward(const Tensor& grad, const Tensor& crow, const Tensor& 
   dispatch_storage(storage, [&](auto s_tag, auto a_tag) {
     using A = decltype(a_tag);
     const SparseGradient<A> sparse(grad, wanted, nodes);
-    propagate_sparse<decltype(s_tag), A>(call.graph, sparse, num_layers, storage, out, call.keep);
+    propagate_sparse<decltype(s_tag), A>(call, sparse, num_layers, storage, out);
   });
   return out;
 }

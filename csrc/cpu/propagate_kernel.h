@@ -2,64 +2,74 @@
 //
 // propagate.cpp includes this file several times, each time inside another namespace and with another COLLM_LANE_BYTES
 // and target attribute; so there is no include guard, and nothing here includes anything. The order of every sum is
-// the order of the edges, whatever the instruction set; only the last multiplication and addition of a row may be
-// fused or not.
+// the order of the edges and no multiplication is fused with an addition (-ffp-contract=off): the bits do not depend on
+// the instruction set. propagate_layer.h calls these loops.
 
-// How many edges ahead a row is fetched: about the latency of memory over the time of one row.
-constexpr int64_t kAhead = 16;
-
-template <typename A>
-struct Vector;
-template <>
-struct Vector<float> {
-  typedef float type __attribute__((vector_size(COLLM_LANE_BYTES)));
+template <typename A, int BYTES>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(BYTES)));
 };
-template <>
-struct Vector<double> {
-  typedef double type __attribute__((vector_size(COLLM_LANE_BYTES)));
-};
-typedef uint32_t Words __attribute__((vector_size(COLLM_LANE_BYTES)));
-typedef uint16_t Halves __attribute__((vector_size(COLLM_LANE_BYTES / 2)));
+template <typename A, int BYTES>
+using Vector = typename VectorOf<A, BYTES>::type;
 
-template <typename A>
-constexpr int kLanes = COLLM_LANE_BYTES / sizeof(A);
-
-template <typename A>
-__attribute__((always_inline)) inline void load(const A* from, typename Vector<A>::type& to) {
+// --- one vector from a table or to one ---------------------------------------------------------------------------
+template <int BYTES>
+__attribute__((always_inline)) inline void load(const float* from, Vector<float, BYTES>& to) {
   __builtin_memcpy(&to, from, sizeof(to));
 }
 
-__attribute__((always_inline)) inline void load(const BFloat16* from, Vector<float>::type& to) {
-  Halves halves;
+template <int BYTES>
+__attribute__((always_inline)) inline void load(const double* from, Vector<double, BYTES>& to) {
+  __builtin_memcpy(&to, from, sizeof(to));
+}
+
+template <int BYTES>
+__attribute__((always_inline)) inline void load(const BFloat16* from, Vector<float, BYTES>& to) {
+  Vector<uint16_t, BYTES / 2> halves;
   __builtin_memcpy(&halves, from, sizeof(halves));
-  const Words words = __builtin_convertvector(halves, Words) << 16;
+  const Vector<uint32_t, BYTES> words = __builtin_convertvector(halves, Vector<uint32_t, BYTES>) << 16;
   __builtin_memcpy(&to, &words, sizeof(to));
 }
 
 // float16 by the processor's instruction where there is one; else by its bits. Neither ever holds a subnormal float32,
 // so small values survive torch.set_flush_denormal.
-__attribute__((always_inline)) inline void load(const Half* from, Vector<float>::type& to) {
-  Halves halves;
-  __builtin_memcpy(&halves, from, sizeof(halves));
+template <int BYTES>
+__attribute__((always_inline)) inline void load(const Half* from, Vector<float, BYTES>& to) {
+#if COLLM_LANE_BYTES >= 32
+  if constexpr (BYTES == 16) {
+    __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    const __m128 value = _mm_cvtph_ps(bits);
+    __builtin_memcpy(&to, &value, sizeof(to));
+    return;
+  }
+  if constexpr (BYTES == 32) {
+    __m128i bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    const __m256 value = _mm256_cvtph_ps(bits);
+    __builtin_memcpy(&to, &value, sizeof(to));
+    return;
+  }
+#endif
 #if COLLM_LANE_BYTES == 64
-  __m256i bits;
-  __builtin_memcpy(&bits, &halves, sizeof(bits));
-  // Zeroed, not undefined, is what a masked-out lane would be: g++ 12 warns of the plain intrinsic.
-  const __m512 value = _mm512_maskz_cvtph_ps(static_cast<__mmask16>(0xFFFF), bits);
-  __builtin_memcpy(&to, &value, sizeof(to));
-#elif COLLM_LANE_BYTES == 32
-  __m128i bits;
-  __builtin_memcpy(&bits, &halves, sizeof(bits));
-  const __m256 value = _mm256_cvtph_ps(bits);
-  __builtin_memcpy(&to, &value, sizeof(to));
-#else
+  if constexpr (BYTES == 64) {
+    __m256i bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    // Zeroed, not undefined, is what a masked-out lane would be: g++ 12 warns of the plain intrinsic.
+    const __m512 value = _mm512_maskz_cvtph_ps(static_cast<__mmask16>(0xFFFF), bits);
+    __builtin_memcpy(&to, &value, sizeof(to));
+    return;
+  }
+#endif
+  typedef Vector<uint32_t, BYTES> Words;
+  Vector<uint16_t, BYTES / 2> halves;
+  __builtin_memcpy(&halves, from, sizeof(halves));
   const Words words = __builtin_convertvector(halves, Words);
   const Words exponent = words & 0x7C00u, shifted = (words & 0x7FFFu) << 13;
   // A normal number's exponent moves by 127 - 15; infinity's and NaN's to the end.
   const Words normal = shifted + (112u << 23) + ((Words)(exponent == 0x7C00u) & (112u << 23));
   // A subnormal m 2^-24 is (2^-14 + m 2^-24) - 2^-14.
   const Words one = Words{} + (113u << 23), sum = shifted + one;
-  Vector<float>::type small, offset;
+  Vector<float, BYTES> small, offset;
   __builtin_memcpy(&small, &sum, sizeof(small));
   __builtin_memcpy(&offset, &one, sizeof(offset));
   small -= offset;
@@ -68,83 +78,256 @@ __attribute__((always_inline)) inline void load(const Half* from, Vector<float>:
   const Words tiny = (Words)(exponent == 0u);
   const Words result = (tiny & subnormal) | (~tiny & normal) | ((words & 0x8000u) << 16);
   __builtin_memcpy(&to, &result, sizeof(to));
+}
+
+// A float32 word rounded to bfloat16, to nearest and even, in its upper half; NaN stays NaN. By bits: the processor's
+// own conversion would flush subnormals.
+template <int BYTES>
+__attribute__((always_inline)) inline Vector<uint32_t, BYTES> rounded(const Vector<float, BYTES>& value) {
+  typedef Vector<uint32_t, BYTES> Words;
+  Words bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const Words nearest = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  const Words nan = (Words)((bits & 0x7FFFFFFFu) > 0x7F800000u);
+  return (nan & 0x7FC00000u) | (~nan & nearest);
+}
+
+template <int BYTES>
+__attribute__((always_inline)) inline void store(const Vector<float, BYTES>& value, float* to) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+template <int BYTES>
+__attribute__((always_inline)) inline void store(const Vector<double, BYTES>& value, double* to) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+template <int BYTES>
+__attribute__((always_inline)) inline void store(const Vector<float, BYTES>& value, BFloat16* to) {
+  const Vector<uint16_t, BYTES / 2> halves =
+      __builtin_convertvector(rounded<BYTES>(value) >> 16, Vector<uint16_t, BYTES / 2>);
+  __builtin_memcpy(to, &halves, sizeof(halves));
+}
+
+template <int BYTES>
+__attribute__((always_inline)) inline void store(const Vector<float, BYTES>& value, Half* to) {
+#if COLLM_LANE_BYTES >= 32
+  // By eight lanes and four: every F16C processor has these two forms.
+  for (size_t i = 0; i < BYTES / sizeof(float); i += BYTES >= 32 ? 8 : 4) {
+    if constexpr (BYTES >= 32) {
+      __m256 part;
+      __builtin_memcpy(&part, reinterpret_cast<const float*>(&value) + i, sizeof(part));
+      const __m128i bits = _mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT);
+      __builtin_memcpy(to + i, &bits, sizeof(bits));
+    } else {
+      __m128 part;
+      __builtin_memcpy(&part, &value, sizeof(part));
+      const __m128i bits = _mm_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT);
+      __builtin_memcpy(to, &bits, BYTES / 2);
+    }
+  }
+#else
+  for (size_t i = 0; i < BYTES / sizeof(float); ++i) {
+    to[i] = static_cast<Half>(value[i]);
+  }
 #endif
 }
 
-// sum[0 .. V lanes) = the sum of those columns of the rows col[begin .. end). Accumulators stay in registers.
-template <typename S, typename A, int V>
-__attribute__((always_inline)) inline void gather_columns(const int32_t* col, int64_t begin, int64_t end, int64_t last,
-                                                          const S* table, int64_t width, A* sum) {
-  constexpr int L = kLanes<A>;
-  typename Vector<A>::type total[V] = {};
-  for (int64_t e = begin; e < end; ++e) {
-    // Not pointer arithmetic: a column further on may not have been checked yet, and is only fetched, never read.
-    const uintptr_t next = reinterpret_cast<uintptr_t>(table) +
-                           static_cast<uintptr_t>(col[e + kAhead < last ? e + kAhead : e]) * width * sizeof(S);
+// --- the columns of a row, block by block ------------------------------------------------------------------------
+// A bfloat16 table holds the vectors of a block in pairs: word j of a pair has lane j of the first vector in its lower
+// half and lane j of the second in its upper one. So a pair is read by one load, a shift and a mask, without a shuffle.
+// Blocks divide D alike in every layer, and no one else reads a table.
+template <typename T, int V>
+constexpr bool kPaired = std::is_same_v<T, BFloat16> && V % 2 == 0;
+
+template <typename S, typename A, int V, int BYTES>
+__attribute__((always_inline)) inline void add_row(const S* row, Vector<A, BYTES> (&total)[V]) {
+  constexpr int L = BYTES / sizeof(A);
+  if constexpr (kPaired<S, V>) {
 #pragma GCC unroll 8
-    for (size_t line = 0; line < V * L * sizeof(S); line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(next + line));
+    for (int v = 0; v < V; v += 2) {
+      Vector<uint32_t, BYTES> pair;
+      __builtin_memcpy(&pair, row + v * L, sizeof(pair));
+      const Vector<uint32_t, BYTES> low = pair << 16, high = pair & 0xFFFF0000u;
+      Vector<A, BYTES> first, second;
+      __builtin_memcpy(&first, &low, sizeof(first));
+      __builtin_memcpy(&second, &high, sizeof(second));
+      total[v] += first;
+      total[v + 1] += second;
     }
-    const S* row = table + static_cast<int64_t>(col[e]) * width;
-#pragma GCC unroll 8
+  } else {
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      typename Vector<A>::type value;
-      load(row + v * L, value);
+      Vector<A, BYTES> value;
+      load<BYTES>(row + v * L, value);
       total[v] += value;
     }
   }
-  __builtin_memcpy(sum, total, sizeof(total));
 }
 
-// sum[0 .. D) = the sum of the rows col[begin .. end) of table [*, D]; col may be read up to `last`.
+// value = a x + b total. x may be null: zeros.
+template <typename A, int BYTES>
+__attribute__((always_inline)) inline void combine(const Vector<A, BYTES>& total, const A* x, A a, A b,
+                                                   Vector<A, BYTES>& value) {
+  value = total * b;
+  if (x != nullptr) {
+    Vector<A, BYTES> own;
+    load<BYTES>(x, own);
+    value += own * a;
+  }
+}
+
+// out = a x + b total for the columns of one block, rounded once to T.
+template <typename T, typename A, int V, int BYTES>
+__attribute__((always_inline)) inline void finish(const Vector<A, BYTES> (&total)[V], const A* x, A a, A b,
+                                                  bool is_table, T* out) {
+  constexpr int L = BYTES / sizeof(A);
+  if constexpr (kPaired<T, V>) {
+    if (is_table) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v += 2) {
+        Vector<A, BYTES> first, second;
+        combine<A, BYTES>(total[v], x == nullptr ? x : x + v * L, a, b, first);
+        combine<A, BYTES>(total[v + 1], x == nullptr ? x : x + (v + 1) * L, a, b, second);
+        const Vector<uint32_t, BYTES> pair = (rounded<BYTES>(first) >> 16) | (rounded<BYTES>(second) & 0xFFFF0000u);
+        __builtin_memcpy(out + v * L, &pair, sizeof(pair));
+      }
+      return;
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    Vector<A, BYTES> value;
+    combine<A, BYTES>(total[v], x == nullptr ? x : x + v * L, a, b, value);
+    store<BYTES>(value, out + v * L);
+  }
+}
+
+// total = the sum of the columns of one block over the edges of a row.
+template <typename S, typename A, int V, int BYTES>
+__attribute__((always_inline)) inline void gather(const LayerCall<A>& call, const RowWork<A>& work, int64_t d,
+                                                  Vector<A, BYTES> (&total)[V]) {
+  constexpr int L = BYTES / sizeof(A);
+  const int32_t* col = work.col;
+  const S* table = static_cast<const S*>(call.table) + d;
+  const int64_t D = call.D, ahead = call.ahead;
+  for (int64_t e = work.begin; e < work.end; ++e) {
+    // Not pointer arithmetic: a column further on may not have been checked yet, and is only fetched, never read.
+    const uintptr_t next = reinterpret_cast<uintptr_t>(table) +
+                           static_cast<uintptr_t>(col[e + ahead < work.last ? e + ahead : e]) * D * sizeof(S);
+#pragma GCC unroll 16
+    for (size_t line = 0; line < V * L * sizeof(S); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next + line));
+    }
+    add_row<S, A, V, BYTES>(table + static_cast<int64_t>(col[e]) * D, total);
+  }
+}
+
+// The columns d .. d + V vectors of one row.
+template <typename S, typename A, int V, int BYTES>
+__attribute__((always_inline)) inline void block(const LayerCall<A>& call, const RowWork<A>& work, int64_t d) {
+  constexpr int L = BYTES / sizeof(A);
+  Vector<A, BYTES> total[V] = {};
+  if (work.sum == nullptr) {
+    gather<S, A, V, BYTES>(call, work, d, total);
+  } else {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      load<BYTES>(work.sum + d + v * L, total[v]);
+    }
+  }
+  const A* x = work.x == nullptr ? nullptr : work.x + d;
+  if constexpr (std::is_same_v<A, float>) {
+    if (call.out_type == ScalarType::BFloat16) {
+      finish<BFloat16, A, V, BYTES>(total, x, work.a, work.b, call.is_table, static_cast<BFloat16*>(work.out) + d);
+      return;
+    }
+    if (call.out_type == ScalarType::Half) {
+      finish<Half, A, V, BYTES>(total, x, work.a, work.b, call.is_table, static_cast<Half*>(work.out) + d);
+      return;
+    }
+  }
+  finish<A, A, V, BYTES>(total, x, work.a, work.b, call.is_table, static_cast<A*>(work.out) + d);
+}
+
+// The last columns, fewer than the narrowest vector holds.
 template <typename S, typename A>
-void gather(const int32_t* col, int64_t begin, int64_t end, int64_t last, const S* table, int64_t D, A* sum) {
-  constexpr int L = kLanes<A>;
+void rest(const LayerCall<A>& call, const RowWork<A>& work, int64_t d) {
+  for (; d < call.D; ++d) {
+    A total = work.sum == nullptr ? A(0) : work.sum[d];
+    const S* table = static_cast<const S*>(call.table) + d;
+    for (int64_t e = work.begin; work.sum == nullptr && e < work.end; ++e) {
+      total += static_cast<A>(table[static_cast<int64_t>(work.col[e]) * call.D]);
+    }
+    const A value = (work.x == nullptr ? A(0) : work.x[d]) * work.a + total * work.b;
+    if (call.out_type == ScalarType::BFloat16) {
+      static_cast<BFloat16*>(work.out)[d] = static_cast<BFloat16>(static_cast<float>(value));
+    } else if (call.out_type == ScalarType::Half) {
+      static_cast<Half*>(work.out)[d] = static_cast<Half>(static_cast<float>(value));
+    } else {
+      static_cast<A*>(work.out)[d] = value;
+    }
+  }
+}
+
+template <typename S, typename A>
+void row(const LayerCall<A>& call, const RowWork<A>& work) {
+  constexpr int B = COLLM_LANE_BYTES;
+  constexpr int64_t L = B / sizeof(A);
+  const int64_t D = call.D;
   int64_t d = 0;
+#if COLLM_LANE_BYTES == 64
+  // Only here are there registers enough for 16 sums.
+  for (; d + 16 * L <= D; d += 16 * L) {
+    block<S, A, 16, B>(call, work, d);
+  }
+#endif
   for (; d + 8 * L <= D; d += 8 * L) {
-    gather_columns<S, A, 8>(col, begin, end, last, table + d, D, sum + d);
+    block<S, A, 8, B>(call, work, d);
   }
   if (d + 4 * L <= D) {
-    gather_columns<S, A, 4>(col, begin, end, last, table + d, D, sum + d);
+    block<S, A, 4, B>(call, work, d);
     d += 4 * L;
   }
   if (d + 2 * L <= D) {
-    gather_columns<S, A, 2>(col, begin, end, last, table + d, D, sum + d);
+    block<S, A, 2, B>(call, work, d);
     d += 2 * L;
   }
   if (d + L <= D) {
-    gather_columns<S, A, 1>(col, begin, end, last, table + d, D, sum + d);
+    block<S, A, 1, B>(call, work, d);
     d += L;
   }
-  if (d == D) {
-    return;
+#if COLLM_LANE_BYTES > 32
+  if (d + 32 / static_cast<int64_t>(sizeof(A)) <= D) {
+    block<S, A, 1, 32>(call, work, d);
+    d += 32 / sizeof(A);
   }
-  const int rest = static_cast<int>(D - d);
-  A total[L] = {};
-  for (int64_t e = begin; e < end; ++e) {
-    const S* row = table + static_cast<int64_t>(col[e]) * D + d;
-    for (int c = 0; c < rest; ++c) {
-      total[c] += static_cast<A>(row[c]);
-    }
+#endif
+#if COLLM_LANE_BYTES > 16
+  if (d + 16 / static_cast<int64_t>(sizeof(A)) <= D) {
+    block<S, A, 1, 16>(call, work, d);
+    d += 16 / sizeof(A);
   }
-  __builtin_memcpy(sum + d, total, sizeof(A) * rest);
+#endif
+  if (d < D) {
+    rest<S, A>(call, work, d);
+  }
 }
 
-// out = a x + b sum, rounded once to T. Either input may be absent.
-template <typename T, typename A>
-void combine(const A* x, A a, const A* sum, A b, int64_t D, T* out) {
-  if (x == nullptr) {
-    for (int64_t d = 0; d < D; ++d) {
-      out[d] = static_cast<T>(sum == nullptr ? A(0) : b * sum[d]);
-    }
-  } else if (sum == nullptr) {
-    for (int64_t d = 0; d < D; ++d) {
-      out[d] = static_cast<T>(a * x[d]);
-    }
-  } else {
-    for (int64_t d = 0; d < D; ++d) {
-      out[d] = static_cast<T>(a * x[d] + b * sum[d]);
-    }
+// Rows [first, first + count) of a layer: their edges are col[begin[i] .. end[i]); all of col up to `last` is readable.
+template <typename S, typename A>
+void rows(const LayerCall<A>& call, const RowRange& range, A* buffer) {
+  RowWork<A> work{range.col, 0, 0, range.last, nullptr, nullptr, A(0), A(0), nullptr};
+  const int64_t bytes = call.D * element_bytes(call.out_type);
+  for (int64_t i = 0; i < range.count; ++i) {
+    const int64_t position = range.first + i, node = range.nodes == nullptr ? position : range.nodes[position];
+    work.begin = range.begin[i];
+    work.end = range.end[i];
+    work.x = call.x.row(node, call.D, buffer);
+    work.a = call.a(node);
+    work.b = call.b(node);
+    work.out = static_cast<char*>(call.out) + position * bytes;
+    row<S, A>(call, work);
   }
 }
 
@@ -158,7 +341,97 @@ inline bool any_outside(const int32_t* col, int64_t begin, int64_t end, int64_t 
   return outside != 0;
 }
 
+// list = slot[col[begin .. end)] without what is negative; returns how many. list has room for 16 more.
+inline int64_t compress(const int32_t* col, int64_t begin, int64_t end, const int32_t* slot, int32_t* list) {
+  int64_t count = 0, e = begin;
+#if COLLM_LANE_BYTES == 64
+  for (; e + 16 <= end; e += 16) {
+    const __m512i c = _mm512_loadu_si512(col + e);
+    const __m512i s = _mm512_mask_i32gather_epi32(c, static_cast<__mmask16>(0xFFFF), c, slot, 4);
+    const __mmask16 kept = _mm512_cmpge_epi32_mask(s, _mm512_setzero_si512());
+    _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(kept, s));
+    count += __builtin_popcount(kept);
+  }
+#endif
+  for (; e < end; ++e) {
+    const int32_t s = slot[col[e]];
+    list[count] = s;
+    count += s >= 0;
+  }
+  return count;
+}
+
+// --- edge dropout ------------------------------------------------------------------------------------------------
+// The low 32 bits of each 64-bit lane, times a constant.
+typedef Vector<uint64_t, COLLM_LANE_BYTES> Wide;
+__attribute__((always_inline)) inline Wide times(const Wide& value, uint32_t factor) {
+  Wide result;
+#if COLLM_LANE_BYTES == 64
+  __m512i bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  // Zeroed, as above: g++ 12 warns of the plain intrinsic.
+  bits = _mm512_maskz_mul_epu32(static_cast<__mmask8>(0xFF), bits, _mm512_set1_epi32(static_cast<int>(factor)));
+  __builtin_memcpy(&result, &bits, sizeof(bits));
+#elif COLLM_LANE_BYTES == 32
+  __m256i bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  bits = _mm256_mul_epu32(bits, _mm256_set1_epi32(static_cast<int>(factor)));
+  __builtin_memcpy(&result, &bits, sizeof(bits));
+#else
+  result = (value & 0xFFFFFFFFu) * factor;
+#endif
+  return result;
+}
+
+// philox.h's edge_keep for as many edges as there are lanes: its first word, all ones where it reaches the threshold.
+typedef Vector<uint32_t, COLLM_LANE_BYTES> Lanes;
+__attribute__((always_inline)) inline Lanes edges_kept(uint64_t seed, const Lanes& user, const Lanes& item,
+                                                       uint32_t threshold) {
+  Lanes c0 = user, c1 = item, c2 = {}, c3 = Lanes{} + kEdgeStream;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  const auto product = [](const Lanes& value, uint32_t factor, Lanes& low, Lanes& high) {
+    Wide all;
+    __builtin_memcpy(&all, &value, sizeof(all));
+    const Wide even = times(all, factor), odd = times(all >> 32, factor);
+    const Wide lows = (even & 0xFFFFFFFFu) | (odd << 32), highs = (even >> 32) | (odd & 0xFFFFFFFF00000000u);
+    __builtin_memcpy(&low, &lows, sizeof(low));
+    __builtin_memcpy(&high, &highs, sizeof(high));
+  };
+  for (int round = 0; round < 10; ++round) {
+    Lanes low0, high0, low1, high1;
+    product(c0, 0xD2511F53u, low0, high0);
+    product(c2, 0xCD9E8D57u, low1, high1);
+    c0 = high1 ^ c1 ^ k0;
+    c2 = high0 ^ c3 ^ k1;
+    c1 = low1;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return (Lanes)(c0 >= threshold);
+}
+
+// kept = the columns of a node that dropout keeps, in their order; returns how many. `kept` has room for all of them.
+inline int64_t keep_edges(uint64_t seed, uint32_t threshold, int32_t node, const int32_t* col, int64_t count,
+                          int32_t* kept) {
+  constexpr int L = COLLM_LANE_BYTES / 4;
+  int64_t next = 0;
+  for (int64_t e = 0; e < count; e += L) {
+    const int lanes = count - e < L ? static_cast<int>(count - e) : L;
+    Vector<int32_t, COLLM_LANE_BYTES> c{};
+    __builtin_memcpy(&c, col + e, sizeof(int32_t) * lanes);
+    const Vector<int32_t, COLLM_LANE_BYTES> is_user = c > node;
+    const Lanes user = (Lanes)((c & ~is_user) | (node & is_user)), item = (Lanes)((c & is_user) | (node & ~is_user));
+    const Lanes keep = edges_kept(seed, user, item, threshold);
+    for (int lane = 0; lane < lanes; ++lane) {
+      kept[next] = c[lane];
+      next += keep[lane] & 1;
+    }
+  }
+  return next;
+}
+
 template <typename S, typename A>
 constexpr Kernel<S, A> kernel() {
-  return {&gather<S, A>, &combine<S, A>, &any_outside};
+  return {&rows<S, A>, &row<S, A>, &any_outside, &compress, &keep_edges};
 }

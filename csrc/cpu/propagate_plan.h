@@ -12,6 +12,10 @@ namespace collm::propagation {
 
 constexpr int64_t kHubEdges = 2048;
 constexpr int64_t kTaskCost = 4096;
+constexpr int64_t kRowCost = 4;  // what a row costs beside its edges
+// No task of whole rows has more.
+constexpr int64_t kTaskEdges = kTaskCost + kHubEdges;
+constexpr int64_t kTaskRows = kTaskCost / kRowCost + 1;
 
 // Node i's neighbours are col[begin[i] .. end[i]).
 struct Graph {
@@ -61,7 +65,7 @@ inline Plan make_plan(const Graph& graph, const int64_t* rows, int64_t count) {
       cost = 0;
       continue;
     }
-    cost += end - begin + 4;
+    cost += end - begin + kRowCost;
     if (cost >= kTaskCost) {
       plan.tasks.push_back({first, p + 1, -1});
       first = p + 1;
