@@ -91,6 +91,36 @@ class CFConfig:
 
 
 @dataclass(frozen=True)
+class BPRConfig:
+    """LightGCN on plain (user, item) pairs (training/bpr.py); the defaults are those of the authors' PyTorch code."""
+
+    dim: int = 64
+    num_layers: int = 3
+    lr: float = 1e-3
+    # l2 / 2 times the squared layer-0 rows of a sample's three nodes, a mean over the batch.
+    l2: float = 1e-4
+    batch_size: int = 2048
+    epochs: int = 1000
+    init_std: float = 0.1
+    # What intermediate layers are stored in: bfloat16 halves their traffic at a relative error of 4e-4.
+    storage_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    edge_dropout: float = 0.0  # the probability that a step does without an undirected edge
+    evaluate_every: int = 10
+    checkpoint_every: int = 10
+    seed: int = 2020
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "batch_size", "epochs", "evaluate_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.num_layers >= 0, "num_layers", "at least 0", self.num_layers)
+        _require(self.lr > 0, "lr", "above 0", self.lr)
+        _require(self.l2 >= 0, "l2", "at least 0", self.l2)
+        _require(self.init_std > 0, "init_std", "above 0", self.init_std)
+        _require(0 <= self.edge_dropout < 1, "edge_dropout", "in [0, 1)", self.edge_dropout)
+        _require_seed(self.seed)
+
+
+@dataclass(frozen=True)
 class PromptConfig:
     """The two prompts; a text, or `@FILE` with one template a line. None means the built-in of the dataset's domain."""
 

@@ -17,19 +17,20 @@ import torch
 import yaml
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import binary_cross_entropy_with_logits as bce_loss
 from tqdm import tqdm
 
 from collm_fast import metrics
 from collm_fast.config import CFConfig, TrainConfig, to_mapping
 from collm_fast.data.dataset import Dataset, Split
-from collm_fast.data.sampler import Positives, sample_negatives
+from collm_fast.data.sampler import Positives, batches_of, sample_negatives
 from collm_fast.graph import BipartiteGraph
 from collm_fast.io.atomic import write_atomic
 from collm_fast.io.run_folder import RunFolder
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.cf.lightgcn import LightGCN
 from collm_fast.models.cf.mf import MF
+from collm_fast.training.bpr import bpr_loss
 from collm_fast.training.scores import baseline_scores, table_of
 
 MODELS: dict[str, type[MF]] = {"mf": MF, "lightgcn": LightGCN}
@@ -131,17 +132,19 @@ def _fit(dataset: Dataset, train: Split, config: CFConfig, progress: bool) -> CF
     model = _build(dataset, train, config, generator)
     # Fused: one pass over the tables a step; a loop over tensors and temporaries would cost more than the batch.
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    epochs = _bce_epochs(train) if config.loss == "bce" else _bpr_epochs(train, dataset, config)
+    epochs = _bce_epochs(train, dataset.num_users) if config.loss == "bce" else _bpr_epochs(train, dataset, config)
     valid = dataset.splits["valid"]
     valid_uid, valid_iid = _tensor(valid.uid), _tensor(valid.iid)
     best_auc, best_epoch, best = -1.0, 0, _state(model)
     with tqdm(total=config.max_epochs, desc=config.model, unit="epoch", disable=not progress, leave=False) as bar:
         for epoch in range(config.max_epochs):
-            columns = next(epochs)
-            order = torch.randperm(len(columns[0]), generator=generator)
-            for begin in range(0, len(order), config.batch_size):
-                rows = order[begin : begin + config.batch_size]
-                loss = _loss(model, config, *(column[rows] for column in columns))
+            nodes, label = next(epochs)
+            order = torch.randperm(nodes.shape[1], generator=generator)
+            batches = batches_of(nodes[:, order], len(model.embedding), config.batch_size)
+            for batch, target in zip(batches, label[order].split(config.batch_size), strict=True):
+                # The batch's rows only: the last layer and the first one backwards run over their edges alone.
+                logits = model.score_batch(batch)
+                loss = bpr_loss(logits) if config.loss == "bpr" else bce_loss(logits[0], target)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -170,15 +173,15 @@ def _tensor(column: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(column.copy())
 
 
-def _bce_epochs(train: Split) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(uid, iid, label) of every row, the same in every epoch."""
-    columns = _tensor(train.uid), _tensor(train.iid), _tensor(train.label).float()
+def _bce_epochs(train: Split, num_users: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(user and item nodes [2, n], labels [n]) of every row, the same in every epoch."""
+    nodes, label = torch.stack((_tensor(train.uid), num_users + _tensor(train.iid))), _tensor(train.label).float()
     while True:
-        yield columns
+        yield nodes, label
 
 
-def _bpr_epochs(train: Split, dataset: Dataset, config: CFConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(uid, iid, negative iid) of every liked row, with new negatives in every epoch.
+def _bpr_epochs(train: Split, dataset: Dataset, config: CFConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """(user, item and negative item nodes [3, n], ones [n]) of every liked row, with new negatives in every epoch.
 
     Negatives are drawn among the items that train mentions: one that appears later is unknown, not disliked.
     """
@@ -191,9 +194,10 @@ def _bpr_epochs(train: Split, dataset: Dataset, config: CFConfig) -> Iterator[tu
         raise ValueError("fit_cf: expected an item that a user did not like for bpr, got users who like every one")
     uid, place = uid[usable], place[usable]
     positives = Positives.of(uid, place, dataset.num_users, known.size + 1)
+    item, ones = dataset.num_users + known, torch.ones(len(uid))
     for epoch in itertools.count():
         negative = sample_negatives(uid, positives, seed=_seed(config), epoch=epoch)
-        yield _tensor(uid), _tensor(known[place - 1]), _tensor(known[negative - 1])
+        yield torch.from_numpy(np.stack((uid, item[place - 1], item[negative - 1]))), ones
 
 
 @torch.no_grad()
@@ -201,14 +205,6 @@ def _scores(model: MF, uid: Tensor, iid: Tensor) -> NDArray[np.float32]:
     nodes = model.nodes()
     blocks = [slice(begin, begin + _BLOCK) for begin in range(0, len(uid), _BLOCK)]
     return torch.cat([model.score_nodes(nodes, uid[rows], iid[rows]) for rows in blocks]).numpy()
-
-
-def _loss(model: MF, config: CFConfig, uid: Tensor, iid: Tensor, third: Tensor) -> Tensor:
-    nodes = model.nodes()
-    score = model.score_nodes(nodes, uid, iid)
-    if config.loss == "bce":
-        return F.binary_cross_entropy_with_logits(score, third)
-    return F.softplus(model.score_nodes(nodes, uid, third) - score).mean()
 
 
 def _state(model: MF) -> dict[str, Tensor]:

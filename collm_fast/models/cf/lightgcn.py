@@ -52,6 +52,6 @@ class LightGCN(MF):
         """Standard deviation of the initial embeddings."""
         return INIT_STD
 
-    def nodes(self) -> Tensor:
-        """[U + I, D]: the propagated embeddings, users before items."""
-        return lightgcn_propagate(self.embedding, self.graph, self.num_layers)
+    def nodes(self, rows: Tensor | None = None) -> Tensor:
+        """[U + I, D], or [R, D] of the nodes `rows` [R] alone: the propagated embeddings, users before items."""
+        return lightgcn_propagate(self.embedding, self.graph, self.num_layers, rows=rows)

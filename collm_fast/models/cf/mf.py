@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from collm_fast.config import CFConfig
+from collm_fast.data.sampler import Batch
 from collm_fast.graph import BipartiteGraph
 
 # What CFConfig's None means here: CoLLM's choice for MovieLens-1M (arXiv 2310.19488, section 5.1).
@@ -19,6 +20,12 @@ RECIPE: dict[str, Any] = {"dim": 256, "lr": 1e-3, "weight_decay": 1e-4}
 # Standard deviations of the initial embeddings. N(0, 1) gives logits of the size sqrt(dim): it takes hundreds of
 # epochs of weight decay to unlearn them, and some seeds look worse on validation for longer than the patience.
 INIT_STD = {"scaled": 0.003, "official": 1.0}
+
+
+def pair_scores(nodes: Tensor, slots: Tensor) -> Tensor:
+    """[C - 1, b]: the products of column 0 of `slots` [C, b] with each other column; `slots` are rows of `nodes`."""
+    column = F.embedding(slots, nodes)
+    return (column[:1] * column[1:]).sum(-1)
 
 
 class MF(nn.Module):
@@ -65,9 +72,9 @@ class MF(nn.Module):
         self.embedding.normal_(0.0, self.std, generator=generator)
         self.embedding[~torch.cat((seen_users, seen_items))] = 0.0
 
-    def nodes(self) -> Tensor:
-        """[U + I, D]: what is scored, users before items."""
-        return self.embedding
+    def nodes(self, rows: Tensor | None = None) -> Tensor:
+        """[U + I, D], or [R, D] of the nodes `rows` [R] alone: what is scored, users before items."""
+        return self.embedding if rows is None else F.embedding(rows, self.embedding)
 
     def score(self, uid: Tensor, iid: Tensor) -> Tensor:
         """Logits [n] of int64 ids [n]; differentiable."""
@@ -75,12 +82,19 @@ class MF(nn.Module):
 
     def score_nodes(self, nodes: Tensor, uid: Tensor, iid: Tensor) -> Tensor:
         """`score` where `nodes()` is at hand already."""
-        item = iid + self.num_users
-        logit = (F.embedding(uid, nodes) * F.embedding(item, nodes)).sum(-1)
-        if self.bias is None or self.offset is None:
+        slots = torch.stack((uid, iid + self.num_users))
+        return self._with_bias(pair_scores(nodes, slots), self.bias, slots)[0]
+
+    def score_batch(self, batch: Batch) -> Tensor:
+        """Logits [C - 1, b] of column 0's users with the items of each other column; reads the batch's rows only."""
+        bias = None if self.bias is None else F.embedding(batch.rows, self.bias[:, None])[:, 0]
+        return self._with_bias(pair_scores(self.nodes(batch.rows), batch.slots), bias, batch.slots)
+
+    def _with_bias(self, logit: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
+        if bias is None or self.offset is None:
             return logit
-        bias = self.bias[:, None]
-        return logit + (F.embedding(uid, bias) + F.embedding(item, bias)).squeeze(-1) + self.offset
+        column = F.embedding(slots, bias[:, None])[..., 0]
+        return logit + (column[:1] + column[1:]) + self.offset
 
     @torch.no_grad()
     def tables(self) -> tuple[Tensor, Tensor]:
