@@ -3,10 +3,11 @@
 Graphs (`graphs.py`): Gowalla and the ML-1M split of CoLLM where ../shared/data (or COLLM_FAST_TEST_DATA) has them, and
 a synthetic power law of 1M and 10M edges, on a GPU 100M too. `naive` is the LightGCN-PyTorch formulation (torch.sparse
 COO, K+1 tables stacked, their mean); the other peers (`propagate_peers.py`) add the layers up: `torch_csr`,
-`torch_csr_int32`, `scipy_csr` (forward, on a CPU), `pyg_lgconv`, and `embedding_bag`, torch's fastest kernel for it.
-All of them compute in float32. The case `bf16 storage` keeps the layers of a float32 call in bfloat16, against the same
-float32 peers; the case `rows` reads the rows of one BPR batch, as a training step does; the cases `K=` show what memory
-and time do with the number of layers. The five-process run of one graph:
+`torch_csr_int32`, `scipy_csr` (forward, on a CPU), `pyg_lgconv`, and `embedding_bag`, torch's fastest kernel for it; on
+a GPU also `cusparse`, with all kept that can be kept (`cusparse.py`). They compute in float32. The case `bf16 storage`
+keeps the layers of a float32 call in bfloat16, against float32 and bfloat16 peers; the case `rows` reads the rows of
+one BPR batch, as a training step does; the cases `K=` show what memory and time do with the number of layers. The
+five-process run of one graph:
 
     python benchmarks/bench_propagate.py --only "gowalla D=64 K=3" --processes 5 --seconds 0.5 --json FILE
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property, partial
 
+import cusparse
 import graphs
 import harness
 import propagate_peers as peers
@@ -69,23 +71,39 @@ class Case:
     def ours(self, x: Tensor, layers: int = K, **options: object) -> Tensor:
         return lightgcn_propagate(x, self.here, layers, **options)  # type: ignore[arg-type]
 
+    def cusparse(self, dtype: torch.dtype) -> peers.Propagate:
+        return peers.self_adjoint(cusparse.CachedCsr(self.graph, self.D, dtype, self.suite.device).multiply, K)
+
+    def add(self, found: dict[str, peers.Propagate], name: str, make: Callable[[], peers.Propagate]) -> None:
+        """A peer, or the sentence why it cannot be built here."""
+        try:
+            found[name] = make()
+        except (ImportError, RuntimeError, ValueError) as error:
+            self.suite.failures.append(f"{self.name} {name}: {error}")
+
     @cached_property
     def others(self) -> Mapping[str, peers.Propagate]:
-        """Those with a gradient."""
-        found = peers.differentiable(self.graph, K, self.suite.device)
+        """Those with a gradient, in float32."""
+        device = self.suite.device
+        found = peers.differentiable(self.graph, K, device)
         messages = self.graph.col.numel() * self.D * 4
-        if messages > PYG_BYTES and self.suite.device.type == "cpu":
+        if messages > PYG_BYTES and device.type == "cpu":
             self.suite.failures.append(f"{self.name} pyg_lgconv: its messages need {messages / 2**30:.1f} GiB a layer")
-            return found
-        try:
-            found["pyg_lgconv"] = peers.pyg(self.graph, K, self.suite.device)
-        except ImportError as error:
-            self.suite.failures.append(f"pyg_lgconv: {error}")
+        else:
+            self.add(found, "pyg_lgconv", lambda: peers.pyg(self.graph, K, device))
+        if device.type == "cuda":
+            self.add(found, "cusparse", lambda: self.cusparse(torch.float32))
         return found
 
     @cached_property
-    def bags(self) -> peers.Propagate:
-        return partial(peers.Bags(self.graph, torch.bfloat16, self.suite.device).mean, K)
+    def others_bf16(self) -> Mapping[str, peers.Propagate]:
+        """Those that keep the layers in bfloat16, and the two that the storage of ours is measured against."""
+        device, found = self.suite.device, {name: self.others[name] for name in ("naive", "torch_csr")}
+        bags = peers.Bags(self.graph, torch.bfloat16, device).multiply
+        found["embedding_bag_bf16"] = peers.self_adjoint(bags, K)
+        if device.type == "cuda":
+            self.add(found, "cusparse_bf16", lambda: self.cusparse(torch.bfloat16))
+        return found
 
     def backward(self, fn: peers.Propagate) -> harness.Impl:
         return harness.backward(fn, [self.x], self.grad)
@@ -133,16 +151,13 @@ class Case:
     def bf16_storage(self) -> None:
         """Intermediate layers in bfloat16, against peers in float32 and torch's bfloat16 kernel."""
         half = partial(self.ours, storage_dtype=torch.bfloat16)
-
-        def implementations() -> dict[str, peers.Propagate]:
-            chosen = {name: self.others[name] for name in ("naive", "torch_csr")}
-            return {"ours": half, "embedding_bag_bf16": self.bags, **chosen}
-
         self.suite.case(
             f"{self.title} bf16 storage",
             "fwd",
             torch.float32,
-            lambda: {name: partial(fn, self.x) for name, fn in implementations().items()} | self.scipy(),
+            lambda: (
+                {name: partial(fn, self.x) for name, fn in {"ours": half, **self.others_bf16}.items()} | self.scipy()
+            ),
             expected=lambda: self.exact(K, "x"),
             work=lambda: self.layer_work(K, torch.bfloat16),
             tolerance=HALF_TOLERANCE,
@@ -151,7 +166,7 @@ class Case:
             f"{self.title} bf16 storage",
             "fwd+bwd",
             torch.float32,
-            lambda: {name: self.backward(fn) for name, fn in implementations().items()},
+            lambda: {name: self.backward(fn) for name, fn in {"ours": half, **self.others_bf16}.items()},
             expected=lambda: self.truth(K),
             work=lambda: self.layer_work(2 * K, torch.bfloat16),
             tolerance=HALF_TOLERANCE,

@@ -48,8 +48,7 @@ def stacked_mean(matrix: Tensor, K: int, x: Tensor) -> Tensor:
 class Bags:
     """A layer as `embedding_bag` of the neighbours' rows, scaled before and after: torch's fastest kernel for it.
 
-    Nobody publishes LightGCN this way; it shows what plain torch could reach. The product is symmetric, so its
-    gradient is the same call.
+    Nobody publishes LightGCN this way; it shows what plain torch could reach.
     """
 
     def __init__(self, graph: BipartiteGraph, dtype: torch.dtype, device: torch.device) -> None:
@@ -66,9 +65,15 @@ class Bags:
         sums = torch.nn.functional.embedding_bag(self.index, table, self.offsets, mode="sum", include_last_offset=True)
         return self.scale * sums
 
-    def mean(self, K: int, x: Tensor) -> Tensor:
-        result: Tensor = _SelfAdjoint.apply(partial(running_mean, self.multiply, K), x)
+
+def self_adjoint(multiply: Propagate, K: int) -> Propagate:
+    """The running mean of a symmetric product, with its gradient: the same call."""
+
+    def mean(x: Tensor) -> Tensor:
+        result: Tensor = _SelfAdjoint.apply(partial(running_mean, multiply, K), x)
         return result
+
+    return mean
 
 
 class _SelfAdjoint(torch.autograd.Function):
@@ -78,7 +83,7 @@ class _SelfAdjoint(torch.autograd.Function):
         return fn(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, ctx.fn(grad)
 
 
@@ -100,7 +105,7 @@ def differentiable(graph: BipartiteGraph, K: int, device: torch.device) -> dict[
         "naive": partial(stacked_mean, coo, K),
         "torch_csr": partial(running_mean, csr.__matmul__, K),
         "torch_csr_int32": partial(running_mean, narrow.__matmul__, K),
-        "embedding_bag": partial(Bags(graph, torch.float32, device).mean, K),
+        "embedding_bag": self_adjoint(Bags(graph, torch.float32, device).multiply, K),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import json
 import math
@@ -379,10 +380,129 @@ def test_a_peer_that_is_not_installed_is_named(harness: ModuleType, monkeypatch:
     suite = tiny(harness)
     case = bench_propagate.Case(suite, "toy", 8, lambda: bench_propagate.graphs.power_law(suite, 500))
     assert "pyg_lgconv" not in case.others
-    assert suite.failures == ["pyg_lgconv: needs torch_geometric, which is not installed"]
+    assert suite.failures == ["toy D=8 pyg_lgconv: needs torch_geometric, which is not installed"]
     monkeypatch.setattr(bench_propagate, "PYG_BYTES", 100)
     case = bench_propagate.Case(suite, "big", 8, lambda: bench_propagate.graphs.power_law(suite, 500))
     assert "pyg_lgconv" not in case.others and "big D=8 pyg_lgconv: its messages need 0.0 GiB" in suite.failures[1]
+
+
+class FakeCusparse:
+    """cuSPARSE's functions as far as the benchmark calls them, on host pointers; refuses CSR_ALG1."""
+
+    def __init__(self) -> None:
+        self.objects: dict[int, list[Any]] = {}
+        self.prepared: tuple[int, int] | None = None
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cusparse"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            return getattr(self, f"call_{name.removeprefix('cusparse')}", lambda *a: 0)(*arguments)
+
+        return call
+
+    def cusparseGetErrorString(self, status: int) -> bytes:  # noqa: N802
+        return {3: b"invalid value", 10: b"operation not supported"}[status]
+
+    def made(self, out: Any, *content: Any) -> int:
+        out._obj.value = len(self.objects) + 1
+        self.objects[out._obj.value] = list(content)
+        return 0
+
+    call_Create = call_CreateCsr = call_CreateDnMat = made  # noqa: N815
+
+    def call_DnMatSetValues(self, matrix: Any, pointer: int) -> int:  # noqa: N802
+        self.objects[matrix.value][3] = pointer
+        return 0
+
+    def call_SpMM_bufferSize(self, *arguments: Any) -> int:  # noqa: N802
+        arguments[-1]._obj.value = 256
+        return 10 if arguments[9] == 4 else 0
+
+    def call_SpMM_preprocess(self, *arguments: Any) -> int:  # noqa: N802
+        self.prepared = arguments[9], arguments[10]
+        return 0
+
+    def call_SpMM(self, *arguments: Any) -> int:  # noqa: N802
+        handle, op_a, op_b, alpha, matrix, table, beta, result, compute, algorithm, workspace = arguments
+        if self.prepared != (algorithm, workspace) or (op_a, op_b, compute) != (0, 0, 0) or self.objects[handle.value]:
+            return 3
+        assert alpha._obj.value == 1.0 and beta._obj.value == 0.0
+        rows, cols, nnz, crow, col, val, *kinds = self.objects[matrix.value]
+        assert kinds[:3] == [2, 2, 0]
+        dtype = {0: torch.float32, 14: torch.bfloat16}[kinds[3]]
+        matrix = torch.sparse_csr_tensor(
+            host(crow, (rows + 1,), torch.int32),
+            host(col, (nnz,), torch.int32),
+            host(val, (nnz,), dtype).float(),
+            (rows, cols),
+        )
+        _, D, stride, into, *dense = self.objects[result.value]
+        assert stride == D and dense == [kinds[3], 2]
+        product = matrix @ host(self.objects[table.value][3], (cols, D), dtype).float()
+        host(into, (rows, D), dtype).copy_(product)
+        return 0
+
+
+def host(pointer: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor that lies at an address."""
+    count = math.prod(shape)
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(pointer)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cached_cusparse_multiplies_and_frees(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    import cusparse
+    import propagate_peers as peers
+    from graphs import power_law
+
+    fake = FakeCusparse()
+    monkeypatch.setattr(cusparse, "library", lambda: fake)
+    monkeypatch.setattr(cusparse, "_stream", lambda device: 7)
+    suite = tiny(harness)
+    graph, device = power_law(suite, 500), torch.device("cpu")
+    x = suite.tensor(graph.num_nodes, 8).requires_grad_()
+    layer = cusparse.CachedCsr(graph, 8, dtype, device)
+    del layer
+    assert fake.calls[-4:] == ["cusparseDestroyDnMat"] * 2 + ["cusparseDestroySpMat", "cusparseDestroy"]
+    layer = cusparse.CachedCsr(graph, 8, dtype, device)
+    assert layer.algorithm in ("CSR_ALG2", "CSR_ALG3")
+    out = peers.self_adjoint(layer.multiply, 2)(x)
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    assert harness.distance([out], [peers.exact(graph, 2, x.detach())]) < limit
+    assert harness.distance([grad], [peers.exact(graph, 2, torch.ones_like(out))]) < limit
+    with pytest.raises(ValueError, match=r"cusparse: expected x of shape \[\d+, 8\] on cpu, got \[3, 8\]"):
+        layer.multiply(torch.zeros(3, 8))
+    fake.prepared = None
+    with pytest.raises(RuntimeError, match=r"expected status 0 of cusparseSpMM, got 3 \(invalid value\)"):
+        layer.multiply(x.detach())
+    with pytest.raises(RuntimeError, match="to serve .* got CSR_ALG1: .* got 10 .*; CSR_ALG2: .* got 3 "):
+        fake.call_SpMM_preprocess = lambda *arguments: 0
+        cusparse.CachedCsr(graph, 8, dtype, device)
+
+
+def test_cusparse_names_what_it_lacks(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_propagate
+    import cusparse
+
+    def missing(name: str) -> None:
+        raise OSError("no such file")
+
+    monkeypatch.setattr(cusparse.ctypes, "CDLL", missing)
+    suite = tiny(harness)
+    case = bench_propagate.Case(suite, "toy", 8, lambda: bench_propagate.graphs.power_law(suite, 500))
+    found: dict[str, Any] = {}
+    case.add(found, "cusparse", lambda: case.cusparse(torch.float32))
+    expected = "toy D=8 cusparse: cusparse: expected libcusparse.so.12 on the library path, got no such file"
+    assert found == {} and suite.failures == [expected]
 
 
 @requires("cuda")
