@@ -15,6 +15,7 @@ from collm_fast import graph, metrics, ops, ranking, reference
 from collm_fast.graph import BipartiteGraph
 
 if TYPE_CHECKING:
+    from collm_fast.distributed import ShardedGraph, sharded_propagate, sharded_rows
     from collm_fast.environment import env
     from collm_fast.run import Run, open_run, train
 
@@ -24,11 +25,15 @@ _LAZY = {
     "Run": "collm_fast.run",
     "open_run": "collm_fast.run",
     "train": "collm_fast.run",
+    "ShardedGraph": "collm_fast.distributed",
+    "sharded_propagate": "collm_fast.distributed",
+    "sharded_rows": "collm_fast.distributed",
 }
 
 __all__ = [
     "BipartiteGraph",
     "Run",
+    "ShardedGraph",
     "__version__",
     "env",
     "graph",
@@ -37,6 +42,8 @@ __all__ = [
     "ops",
     "ranking",
     "reference",
+    "sharded_propagate",
+    "sharded_rows",
     "train",
 ]
 
