@@ -5,9 +5,9 @@ a synthetic power law of 1M and 10M edges, on a GPU 100M too. `naive` is the Lig
 COO, K+1 tables stacked, their mean); the other peers (`propagate_peers.py`) add the layers up: `torch_csr`,
 `torch_csr_int32`, `scipy_csr` (forward, on a CPU), `pyg_lgconv`, and `embedding_bag`, torch's fastest kernel for it; on
 a GPU also `cusparse`, with all kept that can be kept (`cusparse.py`). They compute in float32. The case `bf16 storage`
-keeps the layers of a float32 call in bfloat16, against float32 and bfloat16 peers; the case `rows` reads the rows of
-one BPR batch, as a training step does; the cases `K=` show what memory and time do with the number of layers. The
-five-process run of one graph:
+keeps the layers of a float32 call in bfloat16, against float32 and bfloat16 peers; `rows of a batch` reads what one
+training step reads; `BPR step` is that step, Adam included (`bpr_steps.py`); the cases `K=` show what memory and time
+do with the number of layers. The five-process run of one graph:
 
     python benchmarks/bench_propagate.py --only "gowalla D=64 K=3" --processes 5 --seconds 0.5 --json FILE
 """
@@ -15,8 +15,10 @@ five-process run of one graph:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, cached_property, partial
 
+import bpr_steps
 import cusparse
 import graphs
 import harness
@@ -25,10 +27,14 @@ import torch
 from torch import Tensor
 
 from collm_fast import BipartiteGraph, _native
+from collm_fast.config import BPRConfig
+from collm_fast.data.sampler import Batch
 from collm_fast.ops import lightgcn_propagate
 
 K = 3
-BATCH = 2048
+CONFIG = BPRConfig(num_layers=K)
+# Of the peers with a gradient, those that are timed in every case.
+CHOSEN = ("naive", "torch_csr", "embedding_bag")
 # Above this many bytes of messages [nnz, D] PyG's layer does not fit a CPU's memory together with its gradient.
 PYG_BYTES = 4 << 30
 # A bfloat16 rounding in each layer; see the op's documentation.
@@ -173,37 +179,64 @@ class Case:
         )
 
     @cached_property
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """The node of each user, item and sampled item of one batch, drawn uniformly, and a gradient for each."""
-        self.suite.reseed(f"{self.name} batch")
-        users = self.suite.integers(0, self.graph.num_users, BATCH)
-        items = self.graph.num_users + self.suite.integers(0, self.graph.num_items, 2 * BATCH)
-        return torch.cat((users, items)), self.suite.tensor(3 * BATCH, self.D)
+    def batch(self) -> tuple[Batch, Tensor]:
+        """One batch, users uniform as the reference draws them: in our form, and its samples as nodes [3, b]."""
+        return bpr_steps.draw(self.graph, CONFIG, self.suite.device)
+
+    def batch_work(self, more_bytes: float = 0.0, dtype: torch.dtype = torch.float32) -> harness.Work:
+        """The last layer forwards and the first backwards need the batch's rows only."""
+        rows = self.batch[0].rows.cpu()
+        last = int((self.graph.crow[rows + 1] - self.graph.crow[rows]).sum())
+        work = self.work(2.0 * ((K - 1) * self.graph.col.numel() + last), 2 * K - 2, dtype)
+        return replace(work, bytes=work.bytes + more_bytes)
 
     def rows(self) -> None:
         """Forward and backward of a batch's rows alone."""
 
+        @cache
+        def grad() -> Tensor:
+            self.suite.reseed(f"{self.name} rows")
+            return self.suite.tensor(len(self.batch[0].rows), self.D)
+
         def expected() -> list[Tensor]:
-            rows, grad = self.batch
-            spread = torch.zeros_like(self.x, dtype=torch.float64).index_add_(0, rows, grad.double())
+            rows = self.batch[0].rows
+            spread = torch.zeros_like(self.x, dtype=torch.float64).index_copy_(0, rows, grad().double())
             return [self.exact(K, "x")[rows], peers.exact(self.here, K, spread)]
 
         def impls() -> dict[str, harness.Impl]:
-            rows, grad = self.batch
-            chosen = {name: self.others[name] for name in ("naive", "torch_csr", "embedding_bag")}
-            whole = {"ours_untrimmed": self.ours, **chosen}
-            trimmed = {"ours": harness.backward(partial(self.ours, rows=rows), [self.x], grad)}
+            rows = self.batch[0].rows
+            trimmed = {"ours": harness.backward(partial(self.ours, rows=rows), [self.x], grad())}
+            whole = {"ours_untrimmed": self.ours} | {name: self.others[name] for name in CHOSEN}
             return trimmed | {
-                name: harness.backward(lambda x, fn=fn: fn(x)[rows], [self.x], grad) for name, fn in whole.items()
+                name: harness.backward(lambda x, fn=fn: fn(x)[rows], [self.x], grad()) for name, fn in whole.items()
             }
 
-        def work() -> harness.Work:
-            distinct = self.batch[0].unique().cpu()
-            last = int((self.graph.crow[distinct + 1] - self.graph.crow[distinct]).sum())
-            return self.work(2.0 * ((K - 1) * self.graph.col.numel() + last), 2 * K - 2)
+        title = f"{self.title} rows of a batch"
+        self.suite.case(title, "fwd+bwd", torch.float32, impls, expected=expected, work=self.batch_work)
 
-        title = f"{self.title} rows={3 * BATCH}"
-        self.suite.case(title, "fwd+bwd", torch.float32, impls, expected=expected, work=work)
+    def step(self, config: BPRConfig, title: str, tolerance: float | None = None) -> None:
+        """One step of training at batch 2048; an epoch has num_edges / 2048 of them."""
+
+        def impls() -> dict[str, harness.Impl]:
+            batch, nodes = self.batch
+            storage = getattr(torch, config.storage_dtype)
+            whole = partial(self.ours, storage_dtype=storage)
+            return {
+                "ours": bpr_steps.ours(self.x, self.here, batch, config),
+                "ours_untrimmed": bpr_steps.untrimmed(self.x, self.here, batch, config, whole),
+                "naive": bpr_steps.authors(self.x, self.here, nodes, config, self.others["naive"]),
+                "torch_csr": bpr_steps.authors(self.x, self.here, nodes, config, self.others["torch_csr"]),
+            }
+
+        def expected() -> list[Tensor]:
+            propagate = partial(peers.exact, self.here, K)
+            return bpr_steps.exact(self.x, self.here, self.batch[1], config, propagate)
+
+        def work() -> harness.Work:
+            # Adam reads the parameters, both moments and the gradient, and writes the first three.
+            return self.batch_work(7.0 * self.x.nbytes, getattr(torch, config.storage_dtype))
+
+        self.suite.case(title, "step", torch.float32, impls, expected=expected, work=work, tolerance=tolerance)
 
     def layers(self) -> None:
         """Ours alone from one to six layers: memory that grew with the layers would show in `peak_bytes`."""
@@ -242,6 +275,8 @@ def cases(suite: harness.Suite) -> None:
             case.propagation()
             case.bf16_storage()
             case.rows()
+            case.step(CONFIG, f"{case.title} BPR step")
+            case.step(replace(CONFIG, storage_dtype="bfloat16"), f"{case.title} BPR step bf16 storage", HALF_TOLERANCE)
             if name in ("gowalla", "power-law 50k") and D == 64:
                 case.layers()
 

@@ -40,6 +40,7 @@ MODULES = (
     "bench_propagate",
     "graphs",
     "propagate_peers",
+    "bpr_steps",
     "cusparse",
 )
 
@@ -330,19 +331,27 @@ def test_every_propagation_agrees(harness: ModuleType, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(machine, "peak_bytes", lambda fn, device: 1)  # collects garbage each time
     monkeypatch.setattr(harness, "gather_rate", lambda table, device, quick: 1e9)
-    monkeypatch.setattr(bench_propagate, "BATCH", 8)
+    config = dataclasses.replace(bench_propagate.CONFIG, batch_size=64, lr=0.1, l2=0.3)
+    monkeypatch.setattr(bench_propagate, "CONFIG", config)
     suite = tiny(harness)
     case = bench_propagate.Case(suite, "toy", 8, lambda: bench_propagate.graphs.power_law(suite, 2000))
     case.propagation()
     case.bf16_storage()
     case.rows()
+    case.step(config, "toy step")
+    case.step(dataclasses.replace(config, storage_dtype="bfloat16"), "toy step bf16", 1e-2)
     case.layers()
     lacking = [failure for failure in suite.failures if "torch_geometric, which is not installed" not in failure]
     assert lacking == [] and all(row.agrees for row in suite.rows), suite.rows
     assert {"ours", "naive", "torch_csr", "torch_csr_int32", "embedding_bag", "scipy_csr"} <= {
         row.impl for row in suite.rows if row.pass_ == "fwd"
     }
-    assert {row.case for row in suite.rows} >= {"toy D=8 K=3", "toy D=8 K=3 bf16 storage", "toy D=8 K=3 rows=24"}
+    assert {row.case for row in suite.rows} >= {
+        "toy D=8 K=3",
+        "toy D=8 K=3 bf16 storage",
+        "toy D=8 K=3 rows of a batch",
+    }
+    assert {row.impl for row in suite.rows if row.pass_ == "step"} == {"ours", "ours_untrimmed", "naive", "torch_csr"}
     assert {row.case for row in suite.rows if row.case.endswith("K=6")} == {"toy D=8 K=6"}
 
 
@@ -354,6 +363,7 @@ def test_nothing_is_built_for_a_case_that_is_left_out(harness: ModuleType) -> No
     case.propagation()
     case.bf16_storage()
     case.rows()
+    case.step(bench_propagate.CONFIG, "toy step")
     case.layers()
     assert suite.rows == [] and suite.failures == []
 
