@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collm_fast.distributed import ShardedGraph, sharded_propagate, sharded_rows
     from collm_fast.environment import env
     from collm_fast.run import Run, open_run, train
+    from collm_fast.training.bpr import fit_lightgcn
 
 # Name: the module that has it. These import more than torch.
 _LAZY = {
@@ -25,6 +26,7 @@ _LAZY = {
     "Run": "collm_fast.run",
     "open_run": "collm_fast.run",
     "train": "collm_fast.run",
+    "fit_lightgcn": "collm_fast.training.bpr",
     "ShardedGraph": "collm_fast.distributed",
     "sharded_propagate": "collm_fast.distributed",
     "sharded_rows": "collm_fast.distributed",
@@ -36,6 +38,7 @@ __all__ = [
     "ShardedGraph",
     "__version__",
     "env",
+    "fit_lightgcn",
     "graph",
     "metrics",
     "open_run",

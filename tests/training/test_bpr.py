@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import collm_fast
 from collm_fast import reference
 from collm_fast.config import BPRConfig
 from collm_fast.data.sampler import batches_of, sample_triples
@@ -111,6 +112,13 @@ def test_duplicates_count_once_and_chunks_change_nothing(monkeypatch: pytest.Mon
     assert state(whole) == state(twice)
 
 
+def test_every_step_drops_other_edges(monkeypatch: pytest.MonkeyPatch):
+    seeds = []
+    monkeypatch.setattr(bpr, "bpr_backward", lambda *args: seeds.append(int(args[-1])) or bpr_backward(*args))
+    fit_lightgcn(*pairs(), U, I, replace(QUICK, edge_dropout=0.3))
+    assert len(set(seeds)) == len(seeds) == 4 * -(-graph().num_edges // 64)
+
+
 @pytest.mark.parametrize("options", [{}, {"edge_dropout": 0.3, "storage_dtype": "bfloat16"}])
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path, options: dict[str, object]):
     config = replace(QUICK, epochs=7, **options)
@@ -167,6 +175,10 @@ def test_a_checkpoint_of_another_run_is_refused(change: dict[str, object], messa
     num_items, data = change.pop("items", I), change.pop("data", 0)
     with pytest.raises(ValueError, match="fit_lightgcn: expected " + message):
         fit_lightgcn(*pairs(data), U, num_items, replace(QUICK, **change), folder=tmp_path)
+
+
+def test_it_is_found_in_the_package():
+    assert collm_fast.fit_lightgcn is fit_lightgcn and "fit_lightgcn" in dir(collm_fast)
 
 
 def test_bad_input():
