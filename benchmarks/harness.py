@@ -51,7 +51,7 @@ __all__ = ["Options", "Suite", "Table", "Work", "backward", "distance", "main", 
 Output = Tensor | Sequence[Tensor]
 Impl = Callable[[], Output]
 Impls = Mapping[str, Impl]
-MIN_SAMPLES = 3  # of each implementation, whatever `--seconds` allows
+MIN_SAMPLES = 3  # whatever `--seconds` allows, unless one takes longer than twice that
 PASSES = ("fwd", "fwd+dx", "fwd+bwd", "step", "eval", "rank")
 # Normwise distance from the float64 result: a few roundings of the dtype, and the growth of a long sum.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -211,12 +211,16 @@ class Suite:
         return wall, cpu
 
     def _samples(self, seconds: float) -> int:
-        """How many samples of that length: `--rounds`, fewer where `--seconds` ends before, but at least three."""
+        """How many samples of that length: `--rounds`, fewer where `--seconds` ends before, but at least three.
+
+        One alone where it is longer than twice that: `--processes` brings more.
+        """
+        least = 1 if seconds > 2 * self.options.seconds else MIN_SAMPLES
         allowed = min(self.options.seconds / seconds, 1e6)
-        return min(self.options.rounds, max(MIN_SAMPLES, int(allowed)))
+        return min(self.options.rounds, max(least, int(allowed)))
 
     def _warm_up(self, fn: Impl) -> float:
-        """Seconds of one call, after a few where they are short."""
+        """Seconds of one call, after a few where they are short; each has run once before, to be compared."""
         seconds = sample(fn, 1, self.device)[0]
         if seconds < 0.05:
             sample(fn, 2, self.device)
@@ -284,9 +288,8 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="processor threads, pinned to as many cores")
     parser.add_argument("--rounds", type=int, help="samples of each implementation (30; 5 with --quick)")
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="for each implementation in a case, at least three samples"
-    )
+    more = "time for the samples of one implementation; at least three, one where a call takes over twice as long"
+    parser.add_argument("--seconds", type=float, default=math.inf, help=more)
     parser.add_argument("--processes", type=int, default=1, help="run that many times afresh; medians over them")
     parser.add_argument("--flush-l2", action="store_true", help="overwrite 256 MiB before every sample")
     parser.add_argument("--only", default="", help="cases whose 'name pass dtype' contains this text")
