@@ -18,75 +18,17 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "../philox.h"
 #include "../propagate.h"
 #include "huge_pages.h"
-#include "isa.h"
 #include "propagate_layer.h"
+#include "propagate_loops.h"
 
 namespace collm {
 namespace {
 
-using namespace propagation;
-
 constexpr const char* kOp = "lightgcn_propagate";
 constexpr const char* kBackward = "lightgcn_propagate_backward";
-
-namespace baseline {
-#define COLLM_LANE_BYTES 16
-#include "propagate_kernel.h"
-#undef COLLM_LANE_BYTES
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace avx2 {
-#define COLLM_LANE_BYTES 32
-#include "propagate_kernel.h"
-#undef COLLM_LANE_BYTES
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
-namespace avx512 {
-#define COLLM_LANE_BYTES 64
-#include "propagate_kernel.h"
-#undef COLLM_LANE_BYTES
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-template <typename S, typename A>
-Kernel<S, A> kernel() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) {
-    return avx512::kernel<S, A>();
-  }
-  if (isa() == Isa::avx2) {
-    return avx2::kernel<S, A>();
-  }
-#endif
-  return baseline::kernel<S, A>();
-}
 
 template <typename A>
 Source<A> source(const Tensor& x) {

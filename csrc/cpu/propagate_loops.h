@@ -1,0 +1,72 @@
+// The inner loops of propagate_kernel.h, compiled for every instruction set, and the choice among them.
+//
+// Internal to each file that includes it, like everything the loops are made of.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../philox.h"
+#include "isa.h"
+#include "propagate_layer.h"
+
+namespace collm {
+namespace {
+
+using namespace propagation;
+
+namespace baseline {
+#define COLLM_LANE_BYTES 16
+#include "propagate_kernel.h"
+#undef COLLM_LANE_BYTES
+}  // namespace baseline
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace avx2 {
+#define COLLM_LANE_BYTES 32
+#include "propagate_kernel.h"
+#undef COLLM_LANE_BYTES
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+namespace avx512 {
+#define COLLM_LANE_BYTES 64
+#include "propagate_kernel.h"
+#undef COLLM_LANE_BYTES
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+template <typename S, typename A>
+Kernel<S, A> kernel() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) {
+    return avx512::kernel<S, A>();
+  }
+  if (isa() == Isa::avx2) {
+    return avx2::kernel<S, A>();
+  }
+#endif
+  return baseline::kernel<S, A>();
+}
+
+}  // namespace
+}  // namespace collm
