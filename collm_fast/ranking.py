@@ -1,7 +1,8 @@
 """Full ranking over dot products: the exact top k of every user, and recall, NDCG and precision at k from them.
 
-The users x items score matrix is never held: scores exist for one block at a time. Metrics of scored rows (AUC, UAUC,
-NDCG over given candidates) are in metrics.py; ranking by a language model is in rank.py. Floor F1.
+The users x items score matrix is never held: on a CPU scores live in registers only (csrc/host/ranking.cpp; its twin
+`_top_torch`, which also serves GPUs, holds one block). Metrics of scored rows (AUC, UAUC, NDCG over given candidates)
+are in metrics.py; ranking by a language model is in rank.py. Floor F1.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collm_fast import _native
+
 I64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 
-# What the scores of one block, and the working memory of its selection, may take.
+# What the users of one block, their scores and the working memory of the selection may take.
 _BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# With so many users at once, putting the items in the order of the native loop costs 1 % of the products.
+_HEIGHT = 2048
 # Users whose lists are held at once while metrics are summed: 2^20 places.
 _PLACES = 1 << 20
 
@@ -76,7 +81,8 @@ class Lists:
             if bad.any():
                 _fail("Lists", f"{name} in [0, {limit})", f"{ids[bad][0]} in row {int(bad.argmax())}")
         width = int(item.max(initial=0)) + 1
-        pair = np.unique(user * width + item)
+        pair = np.sort(user * width + item)
+        pair = pair[np.diff(pair, prepend=-1) > 0]
         offsets = np.zeros(num_users + 1, dtype=np.int64)
         np.cumsum(np.bincount(pair // width, minlength=num_users), out=offsets[1:])
         return cls(offsets, (pair % width).astype(np.int32))
@@ -208,7 +214,27 @@ def _entries(lists: Lists, rows: I64) -> tuple[I64, I64]:
 
 def _top(user: Tensor, item: Tensor, seen: Lists | None, rows: I64, k: int, block: int | None) -> tuple[Tensor, Tensor]:
     """`top_items` of the users `rows`; arguments are checked."""
-    return _top_torch(user, item, seen, rows, k, block)
+    module = _native.C()
+    if module is None or user.device.type != "cpu":
+        return _top_torch(user, item, seen, rows, k, block)
+    dtype = torch.float64 if user.dtype == torch.float64 else torch.float32
+    row_bytes, threads = user.shape[1] * dtype.itemsize, torch.get_num_threads()
+    # A user takes a packed row and room for 2 k + 16 pairs of score and item.
+    height = block or max(
+        1, min(_HEIGHT, _BLOCK_BYTES["cpu"] // (threads * (row_bytes + (4 * k + 32) * dtype.itemsize)))
+    )
+    items = torch.empty(len(rows), k, dtype=torch.int64)
+    scores = torch.empty(len(rows), k, dtype=dtype)
+    right = item.detach().to(dtype).contiguous().numpy()
+    left_out = np.zeros(0, dtype=np.int32) if seen is None else seen.items.astype(np.int32, copy=False)
+    step = max(height, _BLOCK_BYTES["cpu"] // max(1, row_bytes))
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
+        left = user.detach()[torch.from_numpy(part)].to(dtype).numpy()
+        begin, end = (part * 0, part * 0) if seen is None else (seen.offsets[part], seen.offsets[part + 1])
+        found, best = module.top_items(left, right, begin, end, left_out, k, height, threads)
+        items[first : first + step], scores[first : first + step] = torch.from_numpy(found), torch.from_numpy(best)
+    return items, scores
 
 
 def _top_torch(

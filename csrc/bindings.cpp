@@ -10,6 +10,7 @@ namespace py = pybind11;
 
 void bind_graph(py::module_& m);
 void bind_planner(py::module_& m);
+void bind_ranking(py::module_& m);
 void bind_sampler(py::module_& m);
 
 namespace {
@@ -45,5 +46,6 @@ PYBIND11_MODULE(_C, m) {
         "The version, torch, CUDA and compiler of this build, and this CPU's instruction set.");
   bind_graph(m);
   bind_planner(m);
+  bind_ranking(m);
   bind_sampler(m);
 }

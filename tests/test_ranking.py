@@ -1,8 +1,14 @@
-"""Full ranking against a brute force over Python sets and lists, hand-made numbers, and scikit-learn's NDCG."""
+"""Full ranking against a brute force over Python sets and lists, hand-made numbers, and scikit-learn's NDCG.
+
+Integer tables make every dot product exact, so the native loop and its twin in torch must agree to the bit there.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import astuple
 
 import numpy as np
@@ -13,12 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
-from collm_fast import ranking
+from collm_fast import _native, ranking
 from collm_fast.ranking import Lists, full_ranking, top_items
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ["cpu", pytest.param("cuda", marks=requires("cuda"))]
+PATHS = [pytest.param("native", marks=requires("native")), "torch"]
 EMPTY = Lists.of([], [], 2)
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """Runs a test with the native loop and with its twin."""
+    if request.param == "torch":
+        monkeypatch.setattr(_native, "_C", None)
+    return request.param
 
 
 def some_lists(rng: np.random.Generator, num_users: int, num_items: int, pairs: int) -> Lists:
@@ -28,6 +43,10 @@ def some_lists(rng: np.random.Generator, num_users: int, num_items: int, pairs: 
 def integers(rng: np.random.Generator, *shape: int) -> torch.Tensor:
     """Small whole numbers: every dot product is exact in every dtype and order, and ties are everywhere."""
     return torch.from_numpy(rng.integers(-2, 3, shape)).float()
+
+
+def i64(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
 
 
 def as_set(lists: Lists, user: int) -> set[int]:
@@ -75,9 +94,17 @@ CASES = st.tuples(
 )
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=requires("native")), False])
 @settings(max_examples=150, deadline=None)
 @given(CASES)
-def test_lists_and_metrics_equal_a_brute_force(case):
+def test_lists_and_metrics_equal_a_brute_force(native, case):
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(_native, "_C", None)
+        check_against_a_brute_force(case)
+
+
+def check_against_a_brute_force(case):
     U, num_items, D, k, pairs, block, seed = case
     rng = np.random.default_rng(seed)
     user, item = integers(rng, U, D), integers(rng, num_items, D)
@@ -130,7 +157,7 @@ def test_ndcg_equals_sklearn_where_all_is_a_candidate():
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_dtype_and_device(dtype, device):
+def test_every_dtype_and_device(path, dtype, device):
     """Half precision is widened, never computed in: what comes out are the float32 scores of the rounded tables."""
     rng = np.random.default_rng(3)
     user, item = (torch.from_numpy(rng.normal(size=(n, 33))).to(device, dtype) for n in (40, 300))
@@ -154,7 +181,7 @@ def test_ties_across_item_blocks_keep_the_lower_id(monkeypatch, block):
     assert items.tolist() == padded(brute_lists(user, item, seen, 25), 25)
 
 
-def test_many_users_are_summed_in_parts(monkeypatch):
+def test_many_users_are_summed_in_parts(path, monkeypatch):
     rng = np.random.default_rng(2)
     user, item, seen, held_out = (
         integers(rng, 90, 3),
@@ -168,7 +195,7 @@ def test_many_users_are_summed_in_parts(monkeypatch):
     assert astuple(whole) == pytest.approx(brute_metrics(brute_lists(user, item, seen, 8), held_out, 8), abs=1e-12)
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_the_number_of_threads_changes_no_bit(path):
     rng = np.random.default_rng(4)
     user, item = (torch.from_numpy(rng.normal(size=(n, 64))).float() for n in (500, 700))
     seen, held_out = some_lists(rng, 500, 700, 5000), some_lists(rng, 500, 700, 900)
@@ -184,7 +211,7 @@ def test_the_number_of_threads_changes_no_bit():
         assert torch.equal(items, results[0][0]) and torch.equal(scores, results[0][1]) and metrics == results[0][2]
 
 
-def test_nothing_to_rank():
+def test_nothing_to_rank(path):
     none = torch.zeros(0, 4)
     items, scores = top_items(torch.ones(2, 4), none, None, 3)
     assert items.tolist() == [[-1] * 3] * 2 and (scores == -torch.inf).all()
@@ -198,6 +225,71 @@ def test_nothing_to_rank():
     assert full_ranking(torch.ones(2, 4), torch.ones(5, 4), everything, Lists.of([0], [4], 2))[20].recall == 0.0
 
 
+@requires("native")
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_the_native_scores_do_not_depend_on_the_block(dtype):
+    """One chain of fused multiply-adds a score: the same bits in every tile, at odd sizes, for one user and for all."""
+    rng = np.random.default_rng(6)
+    user, item = (torch.from_numpy(rng.normal(size=(n, 37))).to(dtype) for n in (61, 203))
+    seen = some_lists(rng, 61, 203, 800)
+    items, scores = top_items(user, item, seen, 30)
+    for block in (1, 5, 24, 61, 10**6):
+        again = top_items(user, item, seen, 30, block=block)
+        assert torch.equal(items, again[0]) and torch.equal(scores, again[1])
+    for u in (0, 60):
+        alone = Lists.of(np.zeros(len(as_set(seen, u)), dtype=int), sorted(as_set(seen, u)), 1)
+        again = top_items(user[u : u + 1], item, alone, 30)
+        assert torch.equal(items[u : u + 1], again[0]) and torch.equal(scores[u : u + 1], again[1])
+
+
+SCORES = """
+import numpy as np, torch
+from collm_fast.ranking import top_items
+rng = np.random.default_rng(1)
+text = ""
+for dtype in (torch.float32, torch.float64):
+    user, item = (torch.from_numpy(rng.normal(size=(n, 19))).to(dtype) for n in (29, 71))
+    items, scores = top_items(user, item, None, 9)
+    text += f"{items.tolist()} {[value.hex() for value in scores.flatten().tolist()]}"
+"""
+
+
+@requires("native")
+@pytest.mark.parametrize("simd", ["avx2", "baseline"])
+def test_every_instruction_set_gives_the_same_bits(simd):
+    here: dict[str, str] = {}
+    exec(SCORES, here)
+    command, environment = [sys.executable, "-c", SCORES + "print(text)"], {**os.environ, "COLLM_FAST_SIMD": simd}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == here["text"], done.stderr
+
+
+@requires("native")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"user": np.zeros((2, 4), np.float32)}, r"user \[U, D\] and item \[I, D\]"),
+        ({"begin": i64(0)}, "begin and end of 2 users, got 1 and 2"),
+        ({"k": 0}, "k, height and threads of at least 1, got 0, 5 and 1"),
+        ({"end": i64(1, 9)}, r"spans in \[0, 3\], got 1 to 9 for user 1"),
+        ({"begin": i64(2, 0), "end": i64(1, 3)}, "got 2 to 1 for user 0"),
+    ],
+)
+def test_native_errors(changes, message):
+    arguments = {
+        "user": np.zeros((2, 3), np.float32),
+        "item": np.zeros((4, 3), np.float32),
+        "begin": i64(0, 1),
+        "end": i64(1, 3),
+        "seen": np.array([0, 1, 2], dtype=np.int32),
+        "k": 1,
+        "height": 5,
+        "threads": 1,
+    }
+    with pytest.raises(ValueError, match="top_items: expected .*" + message):
+        _native.C().top_items(**{**arguments, **changes})
+
+
 def test_tables_that_need_a_gradient_or_are_strided():
     rng = np.random.default_rng(8)
     user, item = integers(rng, 6, 8).requires_grad_(), integers(rng, 30, 8)
@@ -209,10 +301,6 @@ def test_tables_that_need_a_gradient_or_are_strided():
 def test_lists_sort_and_merge():
     lists = Lists.of(torch.tensor([2, 0, 2, 2]), np.array([7, 1, 3, 7], dtype=np.int32), 4)
     assert lists.offsets.tolist() == [0, 1, 1, 3, 3] and lists.items.tolist() == [1, 3, 7] and lists.num_users == 4
-
-
-def i64(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int64)
 
 
 @pytest.mark.parametrize(
