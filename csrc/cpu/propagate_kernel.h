@@ -319,11 +319,21 @@ template <typename S, typename A>
 void rows(const LayerCall<A>& call, const RowRange& range, A* buffer) {
   RowWork<A> work{range.col, 0, 0, range.last, nullptr, nullptr, A(0), A(0), nullptr};
   const int64_t bytes = call.D * element_bytes(call.out_type);
+  const A* x = call.x.in_place();
   for (int64_t i = 0; i < range.count; ++i) {
     const int64_t position = range.first + i, node = range.nodes == nullptr ? position : range.nodes[position];
+    if (x != nullptr) {
+      work.x = x + node * call.x.stride[0];
+      // Two rows on, while this one's edges are gathered. Fetched only, so the row need not exist.
+      const uintptr_t next = reinterpret_cast<uintptr_t>(work.x) + 2 * call.x.stride[0] * sizeof(A);
+      for (int64_t line = 0; line < call.D * static_cast<int64_t>(sizeof(A)); line += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(next + line));
+      }
+    } else {
+      work.x = call.x.row(node, call.D, buffer);
+    }
     work.begin = range.begin[i];
     work.end = range.end[i];
-    work.x = call.x.row(node, call.D, buffer);
     work.a = call.a(node);
     work.b = call.b(node);
     work.out = static_cast<char*>(call.out) + position * bytes;

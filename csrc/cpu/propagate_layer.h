@@ -54,26 +54,27 @@ struct Source {
   int64_t stride[2];
   const int32_t* slot = nullptr;
 
-  // The row of a node in A; in place where it can be, else in `buffer`. Null: a row of zeros.
+  // The first row, where every row can be read where it lies; else null.
+  const A* in_place() const {
+    constexpr ScalarType kA = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    return slot == nullptr && type == kA && stride[1] == 1 ? static_cast<const A*>(data) : nullptr;
+  }
+
+  // The row of a node in A, in place where it can be, else in `buffer`. Null: a row of zeros.
   const A* row(int64_t node, int64_t D, A* buffer) const {
     if (slot != nullptr) {
       return slot[node] < 0 ? nullptr : static_cast<const A*>(data) + slot[node] * D;
     }
-    const A* result = buffer;
+    if (const A* first = in_place()) {
+      return first + node * stride[0];
+    }
     dispatch(type, [&](auto tag) {
-      using X = decltype(tag);
-      const X* from = static_cast<const X*>(data) + node * stride[0];
-      if constexpr (std::is_same_v<X, A>) {
-        if (stride[1] == 1) {
-          result = from;
-          return;
-        }
-      }
+      const auto* from = static_cast<const decltype(tag)*>(data) + node * stride[0];
       for (int64_t d = 0; d < D; ++d) {
         buffer[d] = static_cast<A>(from[d * stride[1]]);
       }
     });
-    return result;
+    return buffer;
   }
 };
 
