@@ -39,6 +39,7 @@ MODULES = (
     "ceilings",
     "bench_inject",
     "bench_propagate",
+    "bench_ranking",
     "graphs",
     "propagate_peers",
     "bpr_steps",
@@ -325,6 +326,15 @@ def test_every_injection_agrees(harness: ModuleType) -> None:
     bench_inject.sums(suite, 32, 8, 5, torch.float32)
     assert suite.failures == [] and all(row.agrees for row in suite.rows)
     assert {row.pass_ for row in suite.rows} == {"fwd", "fwd+bwd"} and len({row.impl for row in suite.rows}) == 7
+
+
+def test_every_ranking_agrees(harness: ModuleType) -> None:
+    import bench_ranking
+
+    suite = tiny(harness)
+    seen, held_out = bench_ranking.synthetic(suite, 150, 400)
+    bench_ranking.evaluation(suite, "small", seen, held_out, 400, 8)
+    assert suite.failures == [] and all(row.agrees for row in suite.rows) and len(suite.rows) == 3
 
 
 def test_every_propagation_agrees(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
