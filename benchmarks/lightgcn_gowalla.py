@@ -175,7 +175,7 @@ def untrimmed_backward(table: Tensor, graph: BipartiteGraph, batch: Batch, confi
     with torch.no_grad():
         own = table.index_select(0, batch.rows)
         decay = own * (batch.counts * (config.l2 / batch.slots.shape[1]))[:, None]
-        loss = loss.detach() + 0.5 * (own * decay).sum()
+        loss = loss.detach() + 0.5 * (own * decay).sum(1).sum()
         assert table.grad is not None
         table.grad.index_copy_(0, batch.rows, decay.add_(table.grad.index_select(0, batch.rows)))
     return loss

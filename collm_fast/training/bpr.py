@@ -96,7 +96,7 @@ def bpr_backward(
         # The term of the layer-0 rows touches these rows only: through autograd it would cost a table of zeros.
         own = table.index_select(0, batch.rows)
         decay = own * (batch.counts * (config.l2 / batch.slots.shape[1]))[:, None]
-        loss = loss.detach() + 0.5 * (own * decay).sum()
+        loss = loss.detach() + 0.5 * (own * decay).sum(1).sum()
         table.grad.index_copy_(0, batch.rows, decay.add_(table.grad.index_select(0, batch.rows)))
     return loss
 

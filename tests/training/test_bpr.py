@@ -98,6 +98,21 @@ def test_training_ranks_what_users_like_and_repeats_bit_by_bit(options: dict[str
     assert first.config == config and not first.embedding.requires_grad
 
 
+def test_the_number_of_threads_changes_nothing():
+    # Large enough for torch and the kernels to use two threads in every part of a step.
+    rng = np.random.default_rng(0)
+    users, items = rng.integers(0, 3000, 20_000), (2000 * rng.random(20_000) ** 2).astype(int)
+    config = BPRConfig(batch_size=4000, epochs=1, edge_dropout=0.1)
+    threads, states = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            states.append(state(fit_lightgcn(users, items, 3000, 2000, config)))
+    finally:
+        torch.set_num_threads(threads)
+    assert states[0] == states[1]
+
+
 def test_the_tables_are_the_propagated_embedding():
     fitted = fit_lightgcn(*pairs(), U, I, replace(QUICK, epochs=1))
     whole = reference.lightgcn_propagate(fitted.embedding.double(), graph(), 3)
