@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
+#include <cstdint>
 #include <optional>
 #include <utility>
 
@@ -17,6 +19,7 @@
 #include "../propagate.h"
 #include "device_error.h"
 #include "propagate.cuh"
+#include "propagate_prepare.cuh"
 
 namespace collm {
 namespace {
@@ -24,6 +27,7 @@ namespace {
 using namespace propagate_cuda;
 using torch::stable::new_empty;
 
+constexpr int64_t kMostColumns = int64_t{1} << 29;  // the bytes of a row are counted in 32 bits
 constexpr const char* kOp = "lightgcn_propagate";
 constexpr const char* kBackward = "lightgcn_propagate_backward";
 
@@ -37,43 +41,90 @@ Type type_of(ScalarType type) {
   return type == ScalarType::Float ? Type::float32 : type == ScalarType::BFloat16 ? Type::bfloat16 : Type::float16;
 }
 
-unsigned blocks(int64_t work, int64_t per_block) {
-  const int64_t count = (work + per_block - 1) / per_block;
-  COLLM_CHECK(count <= INT32_MAX, kOp, "at most 2^31 - 1 blocks of work, got ", count);
-  return static_cast<unsigned>(count);
+int64_t divided_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Loops in the kernels take what a grid leaves; warps are counted in 32 bits there.
+constexpr int64_t kMostBlocks = int64_t{1} << 27;
+
+unsigned grid_of(int64_t blocks, int64_t most = kMostBlocks) {
+  return static_cast<unsigned>(std::max<int64_t>(1, std::min(blocks, most)));
 }
 
-void launch_layer(const Layer& layer, Type table, cudaStream_t stream) {
-  const unsigned grid = blocks(layer.count, kWarps);
-  switch (table) {
-    case Type::bfloat16:
-      layer_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(layer);
-      break;
-    case Type::float16:
-      layer_kernel<__half><<<grid, kThreads, 0, stream>>>(layer);
-      break;
-    default:
-      layer_kernel<float><<<grid, kThreads, 0, stream>>>(layer);
-  }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+struct Device {
+  int multiprocessors = 0, cooperative = 0;
+  Machine machine{};
+};
+
+Device current_device() {
+  int index = 0, l2_bytes = 0;
+  Device device;
+  STD_CUDA_CHECK(cudaGetDevice(&index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&device.cooperative, cudaDevAttrCooperativeLaunch, index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, index));
+  device.machine = {l2_bytes, int64_t{device.multiprocessors} * kBlocks * kWarps};
+  return device;
 }
 
-void launch_scale(const Layer& layer, cudaStream_t stream) {
-  scale_kernel<<<blocks(layer.count * layer.D, kThreads), kThreads, 0, stream>>>(layer);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-// What every layer of a call shares.
-Layer common(const Tensor& crow, const Tensor& col, const Tensor& inv, int64_t D, int64_t num_layers, double dropout_p,
-             const std::optional<Tensor>& seed) {
+// One call: what its layers share, and the memory they work in.
+struct Call {
+  Device device;
+  cudaStream_t stream;
   Layer layer{};
+  Type storage;
+  int64_t table_bytes;
+  Tiling tiling;
+  std::array<Tensor, 4> memory;
+};
+
+void launch(const Call& call, Program program, const Tiling& tiling) {
+  set_table(program.layer, program.storage, tiling);
+  with_shape(program.storage, tiling, [&](auto shape) {
+    const auto kernel = layers_kernel<decltype(shape)>;
+    const int64_t steps = steps_of(program);
+    if (steps > 1 && call.device.cooperative != 0 && one_launch(call.table_bytes, call.device.machine)) {
+      int resident = 0;
+      STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0));
+      const int64_t items = std::max(items_of(program, 0), items_of(program, steps - 1));
+      const unsigned grid = grid_of(divided_up(items, kWarps), int64_t{resident} * call.device.multiprocessors);
+      program.end = steps;
+      void* arguments[] = {&program};
+      STD_CUDA_CHECK(cudaLaunchCooperativeKernel(kernel, grid, kThreads, arguments, 0, call.stream));
+      return;
+    }
+    for (program.begin = 0; program.begin < steps; ++program.begin) {
+      program.end = program.begin + 1;
+      const unsigned grid = grid_of(divided_up(items_of(program, program.begin), kWarps));
+      kernel<<<grid, kThreads, 0, call.stream>>>(program);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+  });
+}
+
+void launch_copy(const Call& call, const Tensor& out) {
+  const unsigned grid = grid_of(divided_up(call.layer.count * call.layer.D, kThreads));
+  copy_kernel<<<grid, kThreads, 0, call.stream>>>(call.layer, out.data_ptr(), type_of(out.scalar_type()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// rows: those of the result, null for all.
+Call make_call(const Tensor& x, const Tensor& crow, const Tensor& col, const Tensor& inv, int64_t num_layers,
+               ScalarType storage, const Tensor* rows, double dropout_p, const std::optional<Tensor>& seed) {
+  Call call{current_device(), current_stream(x), {}, type_of(storage), 0, {}, {}};
+  Layer& layer = call.layer;
   layer.crow = static_cast<const int64_t*>(crow.data_ptr());
   layer.col = static_cast<const int32_t*>(col.data_ptr());
   layer.inv_sqrt_degree = static_cast<const float*>(inv.data_ptr());
   layer.nodes = crow.numel() - 1;
   layer.nnz = col.numel();
-  layer.D = D;
+  layer.D = x.size(1);
   layer.count = layer.nodes;
+  if (rows != nullptr) {
+    layer.rows = static_cast<const int64_t*>(rows->data_ptr());
+    layer.rows_stride = rows->stride(0);
+    layer.count = rows->numel();
+  }
+  layer.x = {x.data_ptr(), type_of(x.scalar_type()), x.stride(0), x.stride(1), nullptr, false};
   layer.mean = static_cast<float>(1.0 / (static_cast<double>(num_layers) + 1.0));
   layer.keep = 1.0f;
   if (dropout_p > 0.0) {
@@ -84,31 +135,61 @@ Layer common(const Tensor& crow, const Tensor& col, const Tensor& inv, int64_t D
   layer.bad_row = error_record("lightgcn_propagate: expected rows in [0, ");
   layer.bad_crow = error_record("lightgcn_propagate: expected crow to rise from 0 to nnz (");
   layer.bad_col = error_record("lightgcn_propagate: expected col in [0, ");
-  return layer;
+  return call;
 }
 
-// Layers first .. K, from the table of layer first - 1 to the result.
-void run_layers(Layer layer, int64_t first, int64_t K, Tensor table, const std::optional<Tensor>& rows,
-                const Tensor& out, cudaStream_t stream) {
-  const Type storage = type_of(table.scalar_type());
-  Tensor spare = first < K ? new_empty(table, table.sizes()) : table;
-  for (int64_t k = first; k < K; ++k) {
-    layer.table = table.data_ptr();
-    layer.out = spare.data_ptr();
-    layer.out_type = storage;
-    launch_layer(layer, storage, stream);
-    std::swap(table, spare);
+// Lays the call over the device, takes its memory, and writes layer 0 into `table` (null: there is none to write).
+void prepare(Call& call, const Tensor& like, void* table) {
+  Layer& layer = call.layer;
+  const int64_t element = size_of(call.storage);
+  call.tiling = make_tiling(layer.nodes, layer.D, element, call.device.machine);
+  layer.schedule = make_schedule(layer.nodes, layer.nnz, call.tiling.tiles, call.table_bytes, call.device.machine);
+  const int64_t counters = counters_of(layer.D, layer.schedule);
+  call.memory = {new_empty(like, {layer.schedule.windows + 1}, ScalarType::Int),
+                 new_empty(like, {layer.schedule.slots, layer.D}, ScalarType::Float),
+                 new_empty(like, {counters}, ScalarType::Int),
+                 new_empty(like, {layer.rows == nullptr ? 0 : layer.nodes}, ScalarType::Byte)};
+  layer.first = static_cast<int32_t*>(call.memory[0].data_ptr());
+  layer.partial = static_cast<float*>(call.memory[1].data_ptr());
+  layer.arrived = static_cast<int32_t*>(call.memory[2].data_ptr());
+  layer.requested = static_cast<uint8_t*>(call.memory[3].data_ptr());
+  if (layer.rows != nullptr && layer.nodes > 0) {
+    STD_CUDA_CHECK(cudaMemsetAsync(layer.requested, 0, layer.nodes, call.stream));
   }
-  layer.table = table.data_ptr();
-  layer.out = out.data_ptr();
-  layer.out_type = type_of(out.scalar_type());
-  layer.is_result = true;
-  if (rows) {
-    layer.rows = static_cast<const int64_t*>(rows->data_ptr());
-    layer.rows_stride = rows->stride(0);
-    layer.count = rows->numel();
+  set_table(layer, call.storage, call.tiling);
+  const Prepare p{layer, table, call.storage, counters};
+  const int64_t runs = table == nullptr ? 0 : layer.nodes * (layer.D / call.tiling.vec);
+  const int64_t work = std::max({layer.nodes, layer.schedule.windows + 1, counters, layer.count, runs});
+  const unsigned grid = grid_of(divided_up(work, kThreads));
+  const auto kernel = call.tiling.vec == 8   ? prepare_kernel<8>
+                      : call.tiling.vec == 4 ? prepare_kernel<4>
+                                             : prepare_kernel<1>;
+  kernel<<<grid, kThreads, 0, call.stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// The tables that `layers` layers alternate between. Where it is large enough, the result is one of them: it is not
+// written before the last layer, which reads the other. So N D numbers are all the memory that the full form takes.
+struct Tables {
+  std::array<void*, 2> buffers{};
+  std::array<std::optional<Tensor>, 2> memory;
+};
+
+Tables make_tables(const Call& call, const Tensor& out, int64_t layers) {
+  const ScalarType storage = call.storage == Type::float32    ? ScalarType::Float
+                             : call.storage == Type::bfloat16 ? ScalarType::BFloat16
+                                                              : ScalarType::Half;
+  Tables tables;
+  for (int64_t i = 0; i < std::min<int64_t>(layers, 2); ++i) {
+    const int64_t parity = (layers - 1 - i) % 2;
+    if (i == 1 && out.numel() * size_of(type_of(out.scalar_type())) >= call.table_bytes) {
+      tables.buffers[parity] = out.data_ptr();
+    } else {
+      tables.memory[parity] = new_empty(out, {call.layer.nodes, call.layer.D}, storage);
+      tables.buffers[parity] = tables.memory[parity]->data_ptr();
+    }
   }
-  launch_layer(layer, storage, stream);
+  return tables;
 }
 
 Tensor propagate(const Tensor& x, const Tensor& crow, const Tensor& col, const Tensor& inv, int64_t num_layers,
@@ -118,38 +199,34 @@ Tensor propagate(const Tensor& x, const Tensor& crow, const Tensor& col, const T
   const int64_t nodes = x.size(0), D = x.size(1);
   check_graph(kOp, x, crow, col, inv, nodes);
   check_options(kOp, "x", x, num_layers, storage_dtype, rows, dropout_p, seed, false);
+  COLLM_CHECK(!rows || rows->numel() <= INT32_MAX, kOp, "fewer than 2^31 rows, got ", rows->numel());
+  COLLM_CHECK(D <= kMostColumns, kOp, "at most 2^29 columns, got ", D);
   raise_device_errors();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int64_t count = rows ? rows->numel() : nodes;
-  Tensor out = new_empty(x, {count, D});
-  if (count == 0 || D == 0) {
+  Tensor out = new_empty(x, {rows ? rows->numel() : nodes, D});
+  if (out.numel() == 0) {
     return out;
   }
-  const cudaStream_t stream = current_stream(x);
-  Layer layer = common(crow, col, inv, D, num_layers, dropout_p, seed);
-  layer.x = {x.data_ptr(), type_of(x.scalar_type()), x.stride(0), x.stride(1), nullptr};
+  Call call = make_call(x, crow, col, inv, num_layers, storage_dtype.value_or(ScalarType::Float),
+                        rows ? &*rows : nullptr, dropout_p, seed);
   if (num_layers == 0) {
-    layer.out = out.data_ptr();
-    layer.out_type = type_of(out.scalar_type());
-    layer.is_result = true;
-    if (rows) {
-      layer.rows = static_cast<const int64_t*>(rows->data_ptr());
-      layer.rows_stride = rows->stride(0);
-      layer.count = count;
-    }
-    launch_scale(layer, stream);
+    launch_copy(call, out);
     return out;
   }
-  if (nodes == 0) {
-    // There are rows to fill and no node they could name: the last layer alone reports the first of them.
-    run_layers(layer, 1, 1, new_empty(x, {0, D}, ScalarType::Float), rows, out, stream);
-    return out;
-  }
-  Tensor table = new_empty(x, {nodes, D}, storage_dtype.value_or(ScalarType::Float));
-  layer.out = table.data_ptr();
-  layer.out_type = type_of(table.scalar_type());
-  launch_scale(layer, stream);
-  run_layers(layer, 1, num_layers, table, rows, out, stream);
+  call.table_bytes = nodes * D * size_of(call.storage);
+  const Tables tables = make_tables(call, out, num_layers);
+  prepare(call, x, tables.buffers[0]);
+  launch(call,
+         {call.layer,
+          {tables.buffers[0], tables.buffers[1]},
+          out.data_ptr(),
+          call.storage,
+          type_of(out.scalar_type()),
+          true,
+          num_layers,
+          0,
+          0},
+         call.tiling);
   return out;
 }
 
@@ -172,19 +249,20 @@ Tensor propagate_backward(const Tensor& grad, const Tensor& crow, const Tensor& 
   check_options(kBackward, "grad", grad, num_layers, storage_dtype, rows, dropout_p, seed, false);
   COLLM_CHECK(rows.numel() == count, kBackward, "rows of shape [", count, "], got ", shape(rows));
   COLLM_CHECK(count <= INT32_MAX, kBackward, "fewer than 2^31 rows, got ", count);
+  COLLM_CHECK(D <= kMostColumns, kBackward, "at most 2^29 columns, got ", D);
   raise_device_errors();
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   Tensor out = new_empty(grad, {nodes, D});
   if (nodes == 0 || D == 0) {
     return out;
   }
-  const cudaStream_t stream = current_stream(grad);
-  Layer layer = common(crow, col, inv, D, num_layers, dropout_p, seed);
+  Call call =
+      make_call(grad, crow, col, inv, num_layers, storage_dtype.value_or(ScalarType::Float), nullptr, dropout_p, seed);
   const Tensor sums = new_empty(grad, {count, D}, ScalarType::Float);
   const Tensor scaled = new_empty(grad, {count, D}, ScalarType::Float);
   const Tensor slot = new_empty(grad, {nodes}, ScalarType::Int);
   int32_t* slot_data = static_cast<int32_t*>(slot.data_ptr());
-  STD_CUDA_CHECK(cudaMemsetAsync(slot_data, 0xFF, sizeof(int32_t) * nodes, stream));
+  STD_CUDA_CHECK(cudaMemsetAsync(slot_data, 0xFF, sizeof(int32_t) * nodes, call.stream));
   if (count > 0) {
     const auto [sorted, order] = sort_rows(rows);
     const SparseGradient sparse{grad.data_ptr(),
@@ -196,30 +274,48 @@ Tensor propagate_backward(const Tensor& grad, const Tensor& crow, const Tensor& 
                                 count,
                                 nodes,
                                 D,
-                                layer.inv_sqrt_degree,
+                                call.layer.inv_sqrt_degree,
                                 static_cast<float*>(sums.data_ptr()),
                                 static_cast<float*>(scaled.data_ptr()),
                                 slot_data,
-                                layer.bad_row};
-    sparse_gradient_kernel<<<blocks(count, kWarps), kThreads, 0, stream>>>(sparse);
+                                call.layer.bad_row};
+    sparse_gradient_kernel<<<grid_of(divided_up(count, kWarps), INT32_MAX), kThreads, 0, call.stream>>>(sparse);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  layer.x = {sums.data_ptr(), Type::float32, D, 1, slot_data};
-  layer.is_result = num_layers <= 1;
-  Tensor table = num_layers <= 1 ? out : new_empty(grad, {nodes, D}, storage_dtype.value_or(ScalarType::Float));
-  layer.out = table.data_ptr();
-  layer.out_type = type_of(table.scalar_type());
+  call.layer.x = {sums.data_ptr(), Type::float32, D, 1, slot_data, false};
   if (num_layers == 0) {
-    launch_scale(layer, stream);
+    launch_copy(call, out);
     return out;
   }
+  call.table_bytes = nodes * D * size_of(call.storage);
+  const Type out_type = type_of(out.scalar_type());
+  const Tables tables = make_tables(call, out, num_layers - 1);
+  prepare(call, grad, nullptr);
   // The first layer runs over the edges of the gradient's rows alone.
-  layer.table = scaled.data_ptr();
-  layer.slot = slot_data;
-  launch_layer(layer, Type::float32, stream);
-  layer.slot = nullptr;
-  if (num_layers > 1) {
-    run_layers(layer, 2, num_layers, table, std::nullopt, out, stream);
+  const bool one = num_layers == 1;
+  Program first{call.layer,
+                {scaled.data_ptr(), nullptr},
+                one ? out.data_ptr() : tables.buffers[0],
+                Type::float32,
+                one ? out_type : call.storage,
+                one,
+                1,
+                0,
+                0};
+  first.layer.slot = slot_data;
+  launch(call, first, make_tiling(count, D, 4, call.device.machine));
+  if (!one) {
+    launch(call,
+           {call.layer,
+            {tables.buffers[0], tables.buffers[1]},
+            out.data_ptr(),
+            call.storage,
+            out_type,
+            true,
+            num_layers - 1,
+            0,
+            0},
+           call.tiling);
   }
   return out;
 }

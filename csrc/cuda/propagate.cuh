@@ -1,46 +1,52 @@
-// lightgcn_propagate on a GPU: the kernels. Device code only, no torch header; propagate.cu checks and launches, and
-// tests/cuda_on_cpu/propagate_main.cpp runs the same kernels on the host.
+// lightgcn_propagate on a GPU: the kernels. No torch header; propagate_plan.h lays them out, propagate.cu checks and
+// launches, and tests/cuda_on_cpu/propagate_main.cpp runs the same kernels on the host.
 //
 // As on the CPU, h_k = x + S A S h_{k-1} needs no buffer for the layer mean: a layer gathers rows of g = S h, writes
-// the next g, and the last one writes the result. Nothing is atomic: each sum has one order, so bits repeat.
+// the next g, and the last one writes the result. Gathering is all that costs, so everything serves it: 16-byte loads,
+// kInFlight of them a lane on their way, several edges of a row at once, and equal work for every warp.
+//
+// Work: row r starts at crow[r] + kRowCost r, and a warp takes what starts in a window of that line: whole rows, and
+// pieces of hubs. Whoever finishes a hub's last piece adds the pieces up in their order. The only atomics count those
+// arrivals; each sum has one order, so bits repeat, whatever the grid.
+//
+// Layer 0, g = S x, is a pass of its own. Scaling while gathering would save it (8 N D bytes) but read a 32-byte
+// sector of inv_sqrt_degree for each edge: more from an average degree of D / 4 on, and twice the bytes where the
+// table is bfloat16.
 #pragma once
 
 #include "../philox.h"
 #include "device_error.cuh"
-#include "types.cuh"
+#include "propagate_columns.cuh"
+#include "propagate_plan.h"
+
+#if !defined(COLLM_FAST_EMULATED)
+#include <cooperative_groups.h>
+#endif
 
 namespace collm::propagate_cuda {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kPerLane = 4;           // columns a lane sums at a time
-constexpr int kTile = 32 * kPerLane;  // columns a warp sums at a time
-constexpr int64_t kHubEdges = 512;    // above this the whole block sums one row
+constexpr int kBlocks = 3;  // a multiprocessor: 80 registers a thread
+constexpr int kGroup = 64;  // pieces that are added up at a time: a hub of 3 million edges has 23,000
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
-enum class Type : int { float32, bfloat16, float16 };
-
-// x at any strides or, with slot, the summed rows of a sparse gradient: float [*, D], zero wherever slot is -1.
-struct Source {
-  const void* data;
-  Type type;
-  int64_t row_stride, column_stride;
-  const int32_t* slot;
-};
 
 struct Layer {
   const int64_t* crow;
   const int32_t* col;
   const float* inv_sqrt_degree;
   int64_t nodes, nnz, D;
+  uint32_t row_bytes;  // of the table
+  int tiles;
+  Schedule schedule;
+  int32_t* first;       // [windows + 1], the first row that starts in a window
+  float* partial;       // [slots, D], the sums of pieces
+  int32_t* arrived;     // [tiles, slots], zero between layers
+  uint8_t* requested;   // [N], whether `rows` names the node
   const int64_t* rows;  // position -> node at this stride; null: position = node
   int64_t rows_stride, count;
-  const void* table;    // g of the layer before, in S
   const int32_t* slot;  // if given, the table has rows of these slots only: the first layer of a sparse backward
   Source x;
-  void* out;
-  Type out_type;
-  bool is_result;
   float mean;           // 1 / (K + 1)
   float keep;           // 1 / (1 - p): the factor of an edge that dropout kept
   const int64_t* seed;  // null: no dropout
@@ -48,212 +54,411 @@ struct Layer {
   ErrorRecord *bad_row, *bad_crow, *bad_col;
 };
 
-__device__ __forceinline__ float load_as(const void* data, int64_t at, Type type) {
-  switch (type) {
-    case Type::bfloat16:
-      return widen(static_cast<const __nv_bfloat16*>(data)[at]);
-    case Type::float16:
-      return widen(static_cast<const __half*>(data)[at]);
-    default:
-      return static_cast<const float*>(data)[at];
-  }
-}
-
-__device__ __forceinline__ void store_as(void* data, int64_t at, Type type, float value) {
-  switch (type) {
-    case Type::bfloat16:
-      static_cast<__nv_bfloat16*>(data)[at] = narrow<__nv_bfloat16>(value);
-      return;
-    case Type::float16:
-      static_cast<__half*>(data)[at] = narrow<__half>(value);
-      return;
-    default:
-      static_cast<float*>(data)[at] = value;
-  }
-}
-
-__device__ __forceinline__ float load_x(const Source& x, int64_t node, int64_t column, int64_t D) {
-  if (x.slot != nullptr) {
-    const int32_t slot = x.slot[node];
-    return slot < 0 ? 0.0f : static_cast<const float*>(x.data)[slot * D + column];
-  }
-  return load_as(x.data, node * x.row_stride + column * x.column_stride, x.type);
-}
-
-struct Row {
-  int64_t node, begin, end;
+// Consecutive layers of a call. The table of the first lies in buffers[0]; they alternate.
+struct Program {
+  Layer layer;
+  void* buffers[2];
+  void* result;
+  Type storage, result_type;
+  bool is_result;  // or another table: the first layer of a sparse backward
+  int64_t layers;
+  int64_t begin, end;  // the steps of this launch
 };
 
-// The row of a position; node is -1 past the end and where `rows` names no node, which is reported.
-__device__ __forceinline__ Row find_row(const Layer& a, int64_t position) {
-  if (position >= a.count) {
-    return {-1, 0, 0};
+// rows: the hubs among them first, piece by piece and each once; then a warp a position.
+enum class Pass { all, hubs, rows };
+
+struct Step {
+  Pass pass;
+  const void* table;
+  void* out;
+  Type out_type;
+  bool is_result;
+};
+
+__device__ __forceinline__ Step step_of(const Program& p, int64_t i) {
+  const bool by_rows = p.layer.rows != nullptr;
+  if (i + 1 < p.layers) {
+    return {Pass::all, p.buffers[i % 2], p.buffers[(i + 1) % 2], p.storage, false};
   }
-  const int64_t node = a.rows == nullptr ? position : a.rows[position * a.rows_stride];
-  if (!in_range(node, a.nodes, a.bad_row)) {
-    return {-1, 0, 0};
-  }
-  const int64_t begin = a.crow[node], end = a.crow[node + 1];
-  if (begin < 0 || end < begin || end > a.nnz) {
-    report(a.bad_crow, begin < 0 ? begin : end, a.nnz);
-    return {node, 0, 0};
-  }
-  // The two ends that no row sees, by the first row alone.
-  if (position == 0 && (a.crow[0] != 0 || a.crow[a.nodes] != a.nnz)) {
-    report(a.bad_crow, a.crow[0] != 0 ? a.crow[0] : a.crow[a.nodes], a.nnz);
-  }
-  return {node, begin, end};
+  const Pass pass = !by_rows ? Pass::all : i + 1 == p.layers ? Pass::hubs : Pass::rows;
+  return {pass, p.buffers[(p.layers - 1) % 2], p.result, p.result_type, p.is_result};
 }
 
-// What lane's edge adds: a row of the table, or -1 where it is dropped, has no row, or names no node.
-__device__ __forceinline__ int32_t table_row(const Layer& a, int64_t node, int64_t edge, uint64_t seed) {
-  const int32_t c = a.col[edge];
+__device__ __forceinline__ void grid_barrier() {
+#if defined(COLLM_FAST_EMULATED)
+  emulator::grid_barrier();
+#else
+  cooperative_groups::this_grid().sync();
+#endif
+}
+
+// --- sums -------------------------------------------------------------------------------------------------------
+// The table's row of an edge to c, or -1 where it is dropped, has no row, or names no node.
+__device__ __forceinline__ int32_t table_row(const Layer& a, int node, int32_t c) {
   if (!in_range(c, a.nodes, a.bad_col)) {
     return -1;
   }
   if (a.seed != nullptr) {
     const uint32_t from = static_cast<uint32_t>(node), to = static_cast<uint32_t>(c);
-    if (!edge_keep(seed, from < to ? from : to, from < to ? to : from, a.threshold)) {
+    if (!edge_keep(static_cast<uint64_t>(*a.seed), from < to ? from : to, from < to ? to : from, a.threshold)) {
       return -1;
     }
   }
   return a.slot == nullptr ? c : a.slot[c];
 }
 
-// One warp: sum[j] = the sum of column tile + lane + 32 j over the edges [begin, end), in their order.
-template <typename S>
-__device__ __forceinline__ void sum_edges(const Layer& a, int64_t node, int64_t begin, int64_t end, int64_t tile,
-                                          int lane, float (&sum)[kPerLane]) {
-  const S* table = static_cast<const S*>(a.table) + tile;
-  const int64_t width = a.D - tile;
-  const uint64_t seed = a.seed == nullptr ? 0 : static_cast<uint64_t>(*a.seed);
-  for (int j = 0; j < kPerLane; ++j) {
-    sum[j] = 0.0f;
-  }
-  for (int64_t first = begin; first < end; first += 32) {
-    const int32_t mine = first + lane < end ? table_row(a, node, first + lane, seed) : -1;
-    unsigned left = __ballot_sync(kAllLanes, mine >= 0);
-    while (left != 0) {
-      const int source = __ffs(static_cast<int>(left)) - 1;
-      left &= left - 1;
-      const S* row = table + static_cast<int64_t>(__shfl_sync(kAllLanes, mine, source)) * a.D;
+// Where the n-th set bit of a mask is; any position if there are fewer.
+__device__ __forceinline__ int nth_bit(unsigned mask, int n) {
+  int at = 0;
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        sum[j] += lane + 32 * j < width ? widen(row[lane + 32 * j]) : 0.0f;
+  for (int width = 16; width > 0; width /= 2) {
+    const int below = __popc((mask >> at) & ((1u << width) - 1));
+    if (n >= below) {
+      n -= below;
+      at += width;
+    }
+  }
+  return at;
+}
+
+// Adds loads x kEdges of a warp's `count` edges, from j on; lane i holds the table's row of edge i.
+template <class F, int loads>
+__device__ __forceinline__ void gather(const void* table, uint32_t row_bytes, int32_t rows, int j, int count, int lane,
+                                       const Lane<F>& l, Sums<F>& sum) {
+  using Word = typename F::Word;
+  Word words[loads][F::kVecs];
+#pragma unroll
+  for (int u = 0; u < loads; ++u) {
+    const int edge = j + u * F::kEdges + lane / F::kLanes;
+    const int32_t row = __shfl_sync(kAllLanes, rows, edge & 31);
+    const uint64_t offset = static_cast<uint64_t>(static_cast<uint32_t>(row)) * row_bytes;
+#pragma unroll
+    for (int v = 0; v < F::kVecs; ++v) {
+      const bool there = edge < count && l.active[v];
+      words[u][v] = there ? *reinterpret_cast<const Word*>(static_cast<const char*>(table) + offset +
+                                                           l.column[v] * sizeof(typename F::Element))
+                          : Word{};
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < loads; ++u) {
+#pragma unroll
+    for (int v = 0; v < F::kVecs; ++v) {
+      typename F::Element values[F::kVec];
+      memcpy(values, &words[u][v], sizeof(Word));
+#pragma unroll
+      for (int i = 0; i < F::kVec; ++i) {
+        sum[v][i] += widen(values[i]);
       }
     }
   }
 }
 
-__device__ __forceinline__ void store_tile(const Layer& a, int64_t position, int64_t node, int64_t tile, int lane,
-                                           const float (&sum)[kPerLane]) {
-  const float s = node < 0 ? 0.0f : a.inv_sqrt_degree[node];
-  const float scale = a.is_result ? a.mean : s;
+// The groups of lanes hold sums of different edges; afterwards each holds the total.
+template <class F>
+__device__ __forceinline__ void combine(Sums<F>& sum) {
 #pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    const int64_t column = tile + lane + 32 * j;
-    if (column < a.D) {
-      const float x = node < 0 ? 0.0f : load_x(a.x, node, column, a.D);
-      store_as(a.out, position * a.D + column, a.out_type, scale * x + scale * s * a.keep * sum[j]);
+  for (int flip = F::kLanes; flip < 32; flip *= 2) {
+#pragma unroll
+    for (int v = 0; v < F::kVecs; ++v) {
+#pragma unroll
+      for (int i = 0; i < F::kVec; ++i) {
+        sum[v][i] += __shfl_xor_sync(kAllLanes, sum[v][i], flip);
+      }
     }
   }
 }
 
-// One warp per row: degrees are skewed, a thread per row would wait for the popular items. A row of more than
-// kHubEdges edges is left to the whole block: eight runs of its edges, whose sums are added in order. Four blocks a
-// multiprocessor: asked for more, the compiler for sm_80 spills.
-template <typename S>
-__global__ void __launch_bounds__(kThreads, 4) layer_kernel(const Layer a) {
-  __shared__ float partial[kWarps][kTile];
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t base = static_cast<int64_t>(blockIdx.x) * kWarps;
-  const Row own = find_row(a, base + warp);
-  float sum[kPerLane];
-  if (base + warp < a.count && own.end - own.begin <= kHubEdges) {
-    for (int64_t tile = 0; tile < a.D; tile += kTile) {
-      sum_edges<S>(a, own.node, own.begin, own.end, tile, lane, sum);
-      store_tile(a, base + warp, own.node, tile, lane, sum);
+// The sum of the table's rows over `edges` neighbours of a node.
+template <class F>
+__device__ __forceinline__ void sum_edges(const Layer& a, const void* table, int node, const int32_t* col, int edges,
+                                          int lane, const Lane<F>& l, Sums<F>& sum) {
+  constexpr int kMost = F::kLoads, kHalf = kMost / 2, kQuarter = kMost / 4;
+  clear<F>(sum);
+  int32_t next = lane < edges ? __ldcs(col + lane) : 0;
+  for (int first = lane; first - lane < edges; first += 32) {
+    const int32_t c = next;
+    next = first + 32 < edges ? __ldcs(col + first + 32) : 0;
+    int32_t rows = first < edges ? table_row(a, node, c) : -1;
+    const unsigned kept = __ballot_sync(kAllLanes, rows >= 0);
+    const int count = __popc(kept);
+    if ((kept & (kept + 1)) != 0) {
+      // Dropped edges leave no holes, so that loads in flight stay many.
+      rows = __shfl_sync(kAllLanes, rows, nth_bit(kept, lane));
+    }
+    // As many loads at a time as there are edges left for: a short row must not step through empty ones.
+    for (int j = 0; j < count;) {
+      if (count - j > F::kEdges * kHalf) {
+        gather<F, kMost>(table, a.row_bytes, rows, j, count, lane, l, sum);
+        j += F::kEdges * kMost;
+      } else if (kQuarter == 0 || count - j > F::kEdges * kQuarter) {
+        gather<F, kHalf>(table, a.row_bytes, rows, j, count, lane, l, sum);
+        j += F::kEdges * kHalf;
+      } else {
+        gather<F, kQuarter == 0 ? 1 : kQuarter>(table, a.row_bytes, rows, j, count, lane, l, sum);
+        j += F::kEdges * kQuarter;
+      }
     }
   }
-  for (int w = 0; w < kWarps; ++w) {
-    const Row hub = find_row(a, base + w);
-    const int64_t edges = hub.end - hub.begin;
-    if (edges <= kHubEdges) {
-      continue;
-    }
-    const int64_t run = (edges + kWarps - 1) / kWarps;
-    const int64_t begin = hub.begin + warp * run;
-    const int64_t end = begin + run < hub.end ? begin + run : hub.end;
-    for (int64_t tile = 0; tile < a.D; tile += kTile) {
-      sum_edges<S>(a, hub.node, begin, end, tile, lane, sum);
-      for (int j = 0; j < kPerLane; ++j) {
-        partial[warp][lane + 32 * j] = sum[j];
-      }
-      __syncthreads();
-      if (warp == 0) {
-        for (int j = 0; j < kPerLane; ++j) {
-          for (int other = 1; other < kWarps; ++other) {
-            sum[j] += partial[other][lane + 32 * j];
+  combine<F>(sum);
+}
+
+// --- hubs -------------------------------------------------------------------------------------------------------
+// Sums of pieces, in this layer's launch written by other multiprocessors: read past the first-level cache.
+template <class F>
+__device__ __forceinline__ void sum_partials(const Layer& a, int64_t slot, int stride, int count, int lane,
+                                             const Lane<F>& l, Sums<F>& sum) {
+  clear<F>(sum);
+#pragma unroll 4
+  for (int i = lane / F::kLanes; i < count; i += F::kEdges) {
+    const float* from = a.partial + (slot + static_cast<int64_t>(i) * stride) * a.D;
+#pragma unroll
+    for (int v = 0; v < F::kVecs; ++v) {
+      if (l.active[v]) {
+        if constexpr (F::kVec == 1) {
+          sum[v][0] += __ldcg(from + l.column[v]);
+        } else {
+#pragma unroll
+          for (int part = 0; part < F::kVec; part += 4) {
+            const float4 four = __ldcg(reinterpret_cast<const float4*>(from + l.column[v] + part));
+            sum[v][part] += four.x;
+            sum[v][part + 1] += four.y;
+            sum[v][part + 2] += four.z;
+            sum[v][part + 3] += four.w;
           }
         }
-        store_tile(a, base + w, hub.node, tile, lane, sum);
       }
-      __syncthreads();
+    }
+  }
+  combine<F>(sum);
+}
+
+template <class F>
+__device__ __forceinline__ void write_partial(const Layer& a, int64_t slot, int lane, const Lane<F>& l,
+                                              const Sums<F>& sum) {
+#pragma unroll
+  for (int v = 0; v < F::kVecs; ++v) {
+    if (lane < F::kLanes && l.active[v]) {
+      store_run<float>(a.partial, slot * a.D + l.column[v], false, sum[v]);
     }
   }
 }
 
-// out[p, d] = x[node, d], times S unless it is the result: layer 0, and the whole result where there are no layers.
-__global__ void __launch_bounds__(kThreads) scale_kernel(const Layer a) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= a.count * a.D) {
-    return;
+// Whether this warp is the last of `members`, which then sees what all of them wrote. Leaves the counter at zero.
+__device__ __forceinline__ bool arrive(int32_t* counter, int members, int lane) {
+  __threadfence();
+  __syncwarp();
+  int last = 0;
+  if (lane == 0) {
+    last = atomicAdd(counter, 1) + 1 == members;
+    if (last) {
+      atomicExch(counter, 0);
+    }
   }
-  const int64_t position = at / a.D, column = at % a.D;
-  const int64_t node = a.rows == nullptr ? position : a.rows[position * a.rows_stride];
-  float value = 0.0f;
-  if (in_range(node, a.nodes, a.bad_row)) {
-    value = load_x(a.x, node, column, a.D) * (a.is_result ? 1.0f : a.inv_sqrt_degree[node]);
+  last = __shfl_sync(kAllLanes, last, 0);
+  if (last) {
+    __threadfence();
   }
-  store_as(a.out, at, a.out_type, value);
+  return last;
 }
 
-// The gradient of the rows form, summed for each distinct node in the order of its places.
-struct SparseGradient {
-  const void* grad;
-  Type type;
-  int64_t row_stride, column_stride;
-  const int64_t* sorted;  // [B], the rows ascending
-  const int64_t* order;   // [B], where each was
-  int64_t count, nodes, D;
-  const float* inv_sqrt_degree;
-  float* sums;    // [B, D], filled at the first place of each node
-  float* scaled;  // the same times the node's S: the table of layer 0
-  int32_t* slot;  // [N], -1 on entry
-  ErrorRecord* bad_row;
+// Hands in the sum of a piece; true for the warp that ends up with the sum of all. Two levels, each in a fixed order:
+// kGroup neighbouring pieces, then the groups. slot is that of piece 0.
+template <class F>
+__device__ __forceinline__ bool join(const Layer& a, int tile, int64_t slot, int piece, int pieces, int lane,
+                                     const Lane<F>& l, Sums<F>& sum) {
+  int32_t* counters = a.arrived + tile * a.schedule.slots + slot;
+  const int group = piece / kGroup * kGroup;
+  const int members = pieces - group < kGroup ? pieces - group : kGroup;
+  write_partial<F>(a, slot + piece, lane, l, sum);
+  if (!arrive(counters + group, members, lane)) {
+    return false;
+  }
+  sum_partials<F>(a, slot + group, 1, members, lane, l, sum);
+  if (pieces <= kGroup) {
+    return true;
+  }
+  write_partial<F>(a, slot + group, lane, l, sum);
+  // Counter 1 is no group's.
+  const int groups = (pieces + kGroup - 1) / kGroup;
+  if (!arrive(counters + 1, groups, lane)) {
+    return false;
+  }
+  sum_partials<F>(a, slot, kGroup, groups, lane, l, sum);
+  return true;
+}
+
+// --- rows -------------------------------------------------------------------------------------------------------
+struct Row {
+  int node;           // -1: `rows` names none
+  int64_t begin;      // its first edge
+  int piece, pieces;  // pieces 0: nothing of this row is to be done here
+  int64_t edges;
 };
 
-// One warp per place; it works where the place is the first of its node.
-__global__ void __launch_bounds__(kThreads) sparse_gradient_kernel(const SparseGradient a) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t p = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (p >= a.count) {
-    return;
-  }
-  const int64_t node = a.sorted[p];
-  if (!in_range(node, a.nodes, a.bad_row) || (p > 0 && a.sorted[p - 1] == node)) {
-    return;
-  }
-  for (int64_t column = lane; column < a.D; column += 32) {
-    float sum = 0.0f;
-    for (int64_t q = p; q < a.count && a.sorted[q] == node; ++q) {
-      sum += load_as(a.grad, a.order[q] * a.row_stride + column * a.column_stride, a.type);
+// Where a row starts on the line that windows divide; in range also where crow is damaged.
+__device__ __forceinline__ int64_t start_of(const Layer& a, int64_t row, int64_t begin) {
+  const int64_t edges = begin < 0 ? 0 : begin > a.nnz ? a.nnz : begin;
+  return edges + kRowCost * row;
+}
+
+// The row of a position; no edges where crow is damaged, which prepare_kernel reports.
+__device__ __forceinline__ Row find_row(const Layer& a, Pass pass, int position) {
+  int64_t node = position;
+  if (pass == Pass::rows) {
+    node = a.rows[position * a.rows_stride];
+    if (!in_range(node, a.nodes, a.bad_row)) {
+      return {-1, 0, 0, 1, 0};
     }
-    a.sums[p * a.D + column] = sum;
-    a.scaled[p * a.D + column] = sum * a.inv_sqrt_degree[node];
   }
-  if (lane == 0) {
-    a.slot[node] = static_cast<int32_t>(p);
+  const int64_t begin = a.crow[node], end = a.crow[node + 1];
+  if (begin < 0 || end < begin || end > a.nnz) {
+    return {static_cast<int>(node), 0, 0, 1, 0};
+  }
+  const int pieces = static_cast<int>((end - begin) >> a.schedule.piece_shift);
+  return {static_cast<int>(node), begin, 0, pieces < 2 ? 1 : pieces, end - begin};
+}
+
+// What of a row belongs to a window: piece 0 where the row starts in it; else the piece that starts in it. No window
+// is longer than a piece, so there is one at most.
+__device__ __forceinline__ void choose_piece(const Layer& a, Pass pass, int window, bool starts_here, Row& row) {
+  const int shift = a.schedule.piece_shift;
+  if (pass == Pass::hubs && (row.pieces == 1 || !a.requested[row.node])) {
+    row.pieces = 0;
+  } else if (!starts_here) {
+    const int64_t from = window * a.schedule.window - start_of(a, row.node, row.begin);
+    const int64_t piece = (from + (int64_t{1} << shift) - 1) >> shift;
+    const bool here = piece > 0 && piece < row.pieces && (piece << shift) < from + a.schedule.window;
+    row.piece = static_cast<int>(piece);
+    row.pieces = here ? row.pieces : 0;
+  }
+}
+
+template <class F>
+__device__ __forceinline__ void run_row(const Layer& a, const Step& step, int tile, int position, const Row& row,
+                                        int lane, const Lane<F>& l) {
+  // Asked for before the edges, to arrive meanwhile.
+  const float s = row.node < 0 ? 0.0f : a.inv_sqrt_degree[row.node];
+  Sums<F> own, sum;
+  clear<F>(own);
+#pragma unroll
+  for (int v = 0; v < F::kVecs; ++v) {
+    if (row.node >= 0 && lane < F::kLanes && l.active[v]) {
+      load_x(a.x, row.node, l.column[v], own[v]);
+    }
+  }
+  const int shift = a.schedule.piece_shift;
+  const int64_t slot = row.begin >> shift;
+  if (step.pass == Pass::rows && row.pieces > 1) {
+    sum_partials<F>(a, slot, 0, lane < F::kLanes ? 1 : 0, lane, l, sum);
+  } else {
+    const int64_t before = static_cast<int64_t>(row.piece) << shift;
+    const int edges = row.piece + 1 < row.pieces ? 1 << shift : static_cast<int>(row.edges - before);
+    sum_edges<F>(a, step.table, row.node, a.col + row.begin + before, edges, lane, l, sum);
+    if (row.pieces > 1) {
+      if (!join<F>(a, tile, slot, row.piece, row.pieces, lane, l, sum)) {
+        return;
+      }
+      if (step.pass == Pass::hubs) {
+        return write_partial<F>(a, slot, lane, l, sum);
+      }
+    }
+  }
+  const float scale = step.is_result ? a.mean : s;
+#pragma unroll
+  for (int v = 0; v < F::kVecs; ++v) {
+    if (lane < F::kLanes && l.active[v]) {
+#pragma unroll
+      for (int i = 0; i < F::kVec; ++i) {
+        own[v][i] = scale * own[v][i] + scale * s * a.keep * sum[v][i];
+      }
+      store_as(step.out, position * a.D + l.column[v], step.out_type, step.is_result, own[v]);
+    }
+  }
+}
+
+template <class F>
+__device__ __forceinline__ void run_step(const Layer& a, const Step& step) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool by_rows = step.pass == Pass::rows;
+  // Neither passes 2^31: a.count is checked, and 2^31 windows would be a terabyte of edges.
+  const unsigned units = static_cast<unsigned>(by_rows ? a.count : a.schedule.windows);
+  const unsigned warps = gridDim.x * kWarps;
+  unsigned unit = blockIdx.x * kWarps + threadIdx.x / 32;
+  for (int tile = 0; tile < a.tiles; ++tile) {
+    const Lane<F> l = lane_of<F>(a.D, tile, lane);
+    for (; unit < units; unit += warps) {
+      const int window = static_cast<int>(unit);
+      const int first = by_rows ? window : a.first[window], end = by_rows ? window + 1 : a.first[window + 1];
+      for (int position = by_rows || first == 0 ? first : first - 1; position < end; ++position) {
+        Row row = find_row(a, step.pass, position);
+        if (!by_rows) {
+          choose_piece(a, step.pass, window, position >= first, row);
+        }
+        if (row.pieces > 0) {
+          run_row<F>(a, step, tile, position, row, lane, l);
+        }
+      }
+    }
+    unit -= units;
+  }
+}
+
+// The steps [begin, end) of a program; more than one only in a cooperative launch.
+template <class F>
+__global__ void __launch_bounds__(kThreads, kBlocks) layers_kernel(const Program p) {
+  for (int64_t i = p.begin; i < p.end; ++i) {
+    if (i > p.begin) {
+      grid_barrier();
+    }
+    run_step<F>(p.layer, step_of(p, i));
+  }
+}
+
+// --- on the host, for whoever launches --------------------------------------------------------------------------
+inline int64_t steps_of(const Program& p) { return p.layers + (p.layer.rows != nullptr ? 1 : 0); }
+
+// What warps divide among themselves in a step: windows or positions, times tiles.
+inline int64_t items_of(const Program& p, int64_t step) {
+  return p.layer.tiles * (step == p.layers ? p.layer.count : p.layer.schedule.windows);
+}
+
+inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+// How a layer reads a table of this type, and x beside it.
+inline void set_table(Layer& a, Type storage, const Tiling& tiling) {
+  const int64_t element = size_of(a.x.type), word = element * tiling.vec < 16 ? element * tiling.vec : 16;
+  a.row_bytes = static_cast<uint32_t>(a.D * size_of(storage));
+  a.tiles = static_cast<int>(tiling.tiles);
+  a.x.vectors = tiling.vec > 1 && a.x.column_stride == 1 && a.x.row_stride * element % word == 0 &&
+                reinterpret_cast<uintptr_t>(a.x.data) % static_cast<uintptr_t>(word) == 0;
+}
+
+template <typename S, typename Body>
+void with_lanes(const Tiling& tiling, const Body& body) {
+  constexpr int kVec = 16 / sizeof(S);
+  if (tiling.vec == 1) {
+    body(Shape<S, 1, 32>{});
+  } else if (tiling.lanes == 8) {
+    body(Shape<S, kVec, 8>{});
+  } else if (tiling.lanes == 16) {
+    body(Shape<S, kVec, 16>{});
+  } else {
+    body(Shape<S, kVec, 32>{});
+  }
+}
+
+// Calls body with the Shape of a table.
+template <typename Body>
+void with_shape(Type storage, const Tiling& tiling, const Body& body) {
+  switch (storage) {
+    case Type::bfloat16:
+      return with_lanes<__nv_bfloat16>(tiling, body);
+    case Type::float16:
+      return with_lanes<__half>(tiling, body);
+    default:
+      return with_lanes<float>(tiling, body);
   }
 }
 

@@ -4,7 +4,9 @@
 // end; barriers are released when every thread that still lives has arrived, and a barrier that can never be released
 // ends the program with a message. Blocks run one after the other. What this shows: wrong indices, reads out of
 // bounds (each input is its own heap block), misaligned vector loads, missing barriers (run with order=1: threads in
-// reverse order, and compare). What it does not show: speed, memory ordering between blocks, PTX, tensor cores.
+// reverse order, and compare). A cooperative launch runs all blocks at once, for the barrier between them; its kernel
+// must have no __shared__ variables, which are static here. What it does not show: speed, memory ordering between
+// blocks, PTX, tensor cores.
 //
 // Include this before the .cuh. Kernels may use threadIdx, blockIdx, blockDim, gridDim, __shared__ of a static size,
 // __syncthreads, __syncwarp, __shfl_*_sync, __ballot_sync and its kin, the atomics and the small types below.
@@ -111,11 +113,11 @@ inline constexpr int warpSize = 32;
 
 namespace emulator {
 
-enum class State { ready, at_block, at_warp, done };
+enum class State { ready, at_block, at_warp, at_grid, done };
 
 struct Fiber {
   ucontext_t context;
-  uint3 index;
+  uint3 index, block;
   State state;
   unsigned mask;           // of the warp operation this fiber waits in
   unsigned char slot[16];  // what this lane shows to its warp
@@ -173,25 +175,36 @@ inline void resume(int thread) {
   Fiber& fiber = fibers[thread];
   current = thread;
   threadIdx = fiber.index;
+  blockIdx = fiber.block;
   start_switch(&scheduler_fake_stack, stacks[thread].get(), kStack);
   swapcontext(&scheduler, &fiber.context);
   finish_switch(scheduler_fake_stack, nullptr, nullptr);
 }
 
+// Frees those of the fibers [first, last) that wait in a barrier, if all of them have arrived at it or ended.
+inline bool release_barrier(int first, int last, State barrier) {
+  bool any = false;
+  for (int t = first; t < last; ++t) {
+    if (fibers[t].state != barrier && fibers[t].state != State::done) {
+      return false;
+    }
+  }
+  for (int t = first; t < last; ++t) {
+    if (fibers[t].state == barrier) {
+      fibers[t].state = State::ready;
+      any = true;
+    }
+  }
+  return any;
+}
+
 // Frees the threads whose barrier is complete; returns whether any was.
 inline bool release() {
   const int threads = static_cast<int>(fibers.size());
-  bool any = false;
-  bool all_at_block = true;
-  for (const Fiber& fiber : fibers) {
-    all_at_block &= fiber.state == State::at_block || fiber.state == State::done;
-  }
-  for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = fibers[t];
-    if (fiber.state == State::at_block && all_at_block) {
-      fiber.state = State::ready;
-      any = true;
-    }
+  const int in_block = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  bool any = release_barrier(0, threads, State::at_grid);
+  for (int first = 0; first < threads; first += in_block) {
+    any |= release_barrier(first, first + in_block, State::at_block);
   }
   for (int first = 0; first < threads; first += warpSize) {
     const int lanes = std::min(warpSize, threads - first);
@@ -220,19 +233,23 @@ inline bool release() {
   return any;
 }
 
-inline void run_block() {
-  const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+// Runs some blocks together; without a cooperative launch it is one.
+inline void run_blocks(const std::vector<uint3>& blocks) {
+  const int in_block = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  const int threads = in_block * static_cast<int>(blocks.size());
   fibers.resize(threads);
   while (static_cast<int>(stacks.size()) < threads) {
     stacks.emplace_back(new char[kStack]);
   }
-  for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = fibers[t];
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i];
+    const unsigned t = i % in_block;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks[t].get();
+    fiber.context.uc_stack.ss_sp = stacks[i].get();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     fiber.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
+    fiber.block = blocks[i / in_block];
     fiber.state = State::ready;
     fiber.fake_stack = nullptr;
     makecontext(&fiber.context, enter, 0);
@@ -258,22 +275,40 @@ inline void run_block() {
 }
 
 // kernel<<<grid, block>>>(...) is launch(grid, block, [&] { kernel(...); }).
-inline void launch(dim3 grid, dim3 block, std::function<void()> body) {
+inline void launch(dim3 grid, dim3 block, std::function<void()> body, bool cooperative = false) {
   if (block.x * block.y * block.z > 1024) {
     fail("more than 1024 threads in a block");
   }
   kernel = std::move(body);
   gridDim = grid;
   blockDim = block;
+  std::vector<uint3> blocks;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        run_block();
+        blocks.push_back({x, y, z});
+        if (!cooperative) {
+          run_blocks(blocks);
+          blocks.clear();
+        }
       }
     }
   }
+  if (cooperative) {
+    run_blocks(blocks);
+  }
 }
+
+// cudaLaunchCooperativeKernel; whole warps only.
+inline void launch_cooperative(dim3 grid, dim3 block, std::function<void()> body) {
+  if (block.x * block.y * block.z % warpSize != 0) {
+    fail("a cooperative launch with half a warp");
+  }
+  launch(grid, block, std::move(body), true);
+}
+
+// cooperative_groups::this_grid().sync()
+inline void grid_barrier() { yield(State::at_grid); }
 
 inline int lane() { return current % warpSize; }
 
@@ -434,6 +469,10 @@ T __ldg(const T* address) {
 }
 template <typename T>
 T __ldcs(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcg(const T* address) {
   return *address;
 }
 template <typename T>

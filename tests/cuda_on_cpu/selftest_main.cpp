@@ -1,4 +1,4 @@
-// A kernel that uses what the emulator promises, and three that are wrong on purpose; test_emulator.py runs them.
+// Kernels that use what the emulator promises, and three that are wrong on purpose; test_emulator.py runs them.
 #include "emulator.h"
 
 namespace {
@@ -41,6 +41,14 @@ __global__ void divergent_barrier() {
   }
 }
 
+// out[i] = the value of the same thread in the next block, which only a barrier between blocks makes visible.
+__global__ void exchange_between_blocks(const float* in, float* between, float* out) {
+  const unsigned n = gridDim.x * blockDim.x, i = blockIdx.x * blockDim.x + threadIdx.x;
+  between[i] = in[i];
+  emulator::grid_barrier();
+  out[i] = between[(i + blockDim.x) % n];
+}
+
 }  // namespace
 
 int main() {
@@ -59,6 +67,11 @@ int main() {
     case 2:
       emulator::launch(1, 32, [&] { out_of_bounds(in.data(), out.data(), n); });
       break;
+    case 4: {
+      auto between = emulator::poisoned<float>(in.size());
+      emulator::launch_cooperative(n / 64, 64, [&] { exchange_between_blocks(in.data(), between.data(), out.data()); });
+      break;
+    }
     default:
       emulator::launch(1, 32, [] { divergent_barrier(); });
   }

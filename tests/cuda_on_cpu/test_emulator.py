@@ -23,6 +23,12 @@ def test_shuffles_and_barriers(order: int) -> None:
     assert torch.equal(run(0, order), expected)
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_barrier_between_blocks(order: int) -> None:
+    x = torch.arange(192, dtype=torch.float32)
+    assert torch.equal(run(4, order, 192), x.roll(-64))
+
+
 def test_a_missing_barrier_shows_in_the_thread_order() -> None:
     assert not torch.equal(run(1, 0, 64), run(1, 1, 64))
 
