@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import collm_fast
-from collm_fast.config import CFConfig, PrepareConfig, TrainConfig, from_mapping, nearest
+from collm_fast.config import BPRConfig, CFConfig, PrepareConfig, TrainConfig, from_mapping, nearest
 from collm_fast.io.run_folder import RunFolder
 from collm_fast.options import available_cpus, parse
 
@@ -28,6 +28,18 @@ class FitPlace:
 
     data: Path = Path("data/ml-100k")
     out: Path = Path("runs/cf")
+
+
+@dataclass(frozen=True)
+class FitPairsPlace:
+    """Where `fit-lightgcn` reads and writes; the training's own keys are `BPRConfig`."""
+
+    pairs: Path | None = None
+    test_pairs: Path | None = None
+    out: Path = Path("runs/lightgcn")
+    top_k: int = 20
+    resume: Literal["never", "auto"] = "never"
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,19 @@ def _fit_cf(place: FitPlace, config: CFConfig, command: str) -> None:
 
     fit_cf(load_dataset(place.data), config, out=place.out, progress=True)
     print(console_table(json.loads((place.out / "metrics.json").read_text())))
+
+
+def _fit_lightgcn(place: FitPairsPlace, config: BPRConfig, command: str) -> None:
+    from collm_fast.models.llm import resolve_device
+    from collm_fast.training.pairs import fit_pairs
+
+    if place.pairs is None:
+        raise ValueError("fit-lightgcn: expected --pairs FILE, got none")
+    options: dict[str, Any] = {"held_out": place.test_pairs, "top_k": place.top_k, "resume": place.resume == "auto"}
+    device = resolve_device(place.device)
+    found = fit_pairs(place.pairs, place.out, config, device=device, progress=True, **options)
+    measured = ", ".join(f"{name} {value:.4f}" for name, value in (found["held_out"] or {}).items())
+    print(f"{place.out}: {found['users']} users, {found['items']} items" + (f"; {measured}" if measured else ""))
 
 
 def _train(config: TrainConfig, command: str) -> None:
@@ -192,6 +217,7 @@ COMMANDS: dict[str, tuple[str, tuple[type[Any], ...], Callable[..., None]]] = {
     "demo": ("MovieLens-100K and SmolLM2-135M from raw data to a report, on any machine", (DemoConfig,), _demo),
     "prepare": ("turn raw ratings into a dataset folder", (PrepareConfig,), _prepare),
     "fit-cf": ("fit a collaborative model", (FitPlace, CFConfig), _fit_cf),
+    "fit-lightgcn": ("LightGCN on any user-item pairs: recommendations", (FitPairsPlace, BPRConfig), _fit_lightgcn),
     "train": ("train CoLLM: collaborative model, stage 1, stage 2, test scores, report", (TrainConfig,), _train),
     "evaluate": ("score a run's rows of a split again", (EvaluateConfig,), _evaluate),
     "predict": ("P(yes) for a file of user-item pairs", (PredictConfig,), _predict),

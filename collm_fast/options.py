@@ -42,8 +42,9 @@ HELP = {
     "source": "what the input is",
     "split": "split rule, or the split to score",
     "stage": "lora (text prompts), cie (the mapper), or both",
+    "test_pairs": "such a file of pairs that were held out: recall, NDCG and precision at top-k are measured on it",
     "tokens_per_batch": "packed tokens of one forward when scoring",
-    "top_k": "candidates to keep for each user",
+    "top_k": "items to keep for each user",
     "users": "user ids, separated by commas",
 }
 

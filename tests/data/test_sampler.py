@@ -200,6 +200,14 @@ def test_native_and_numpy_triples_have_the_same_bits(pairs, num_items, seed, epo
     np.testing.assert_array_equal(_native.C().sample_triples(*arguments), sample_triples_numpy(*arguments))
 
 
+def test_without_a_compiler_numpy_draws_the_same(monkeypatch: pytest.MonkeyPatch):
+    positives, users = some_positives(), np.array([1, 2, 4])
+    drawn = [sample_triples(some_graph(), 50, seed=4), sample_negatives(users, positives, seed=4)]
+    monkeypatch.setattr("collm_fast.data.sampler._native.C", lambda: None)
+    np.testing.assert_array_equal(drawn[0], sample_triples(some_graph(), 50, seed=4))
+    np.testing.assert_array_equal(drawn[1], sample_negatives(users, positives, seed=4))
+
+
 def test_triples_of_a_user_who_has_nearly_everything():
     graph = BipartiteGraph.from_interactions(np.zeros(1999, np.int64), np.delete(np.arange(2000), 1234), 1, 2000)
     arguments = (graph.crow.numpy(), graph.col.numpy(), 1, 2000, 50, 3, 0, 0)
