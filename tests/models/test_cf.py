@@ -10,6 +10,7 @@ import torch
 
 from collm_fast import reference
 from collm_fast.config import CFConfig
+from collm_fast.data.sampler import batches_of
 from collm_fast.graph import BipartiteGraph
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.cf.lightgcn import LightGCN
@@ -54,6 +55,26 @@ def test_scores_follow_the_equation(name, bias):
     assert np.linalg.norm(logits - expected.numpy()) <= 1e-6 * float(expected.norm())
     score.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["mf", "lightgcn"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_batch_scores_and_learns_the_same_from_its_rows_alone(name, bias, monkeypatch):
+    uid, iid, other = torch.tensor([1, 3, 1, 2]), torch.tensor([2, 3, 2, 0]), torch.tensor([4, 2, 4, 1])
+    weight = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.3, 1.0, -1.0, 2.0]])
+    whole, trimmed = model_of(name, bias=bias), model_of(name, bias=bias)
+    expected = torch.stack((whole.score(uid, iid), whole.score(uid, other)))
+    (expected * weight).sum().backward()
+
+    (batch,) = batches_of(torch.stack((uid, U + iid, U + other)), U + I, 4)
+    rows, nodes = [], trimmed.nodes
+    monkeypatch.setattr(trimmed, "nodes", lambda of=None: rows.append(of) or nodes(of))
+    score = trimmed.score_batch(batch)
+    (score * weight).sum().backward()
+    assert [of.tolist() for of in rows] == [[1, 2, 3, U, U + 1, U + 2, U + 3, U + 4]]
+    assert (score - expected).norm() <= 1e-6 * expected.norm()
+    for ours, theirs in zip(trimmed.parameters(), whole.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-6 * theirs.grad.norm()
 
 
 @pytest.mark.parametrize("name", ["mf", "lightgcn"])
