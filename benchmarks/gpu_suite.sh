@@ -9,6 +9,9 @@
 #   triton      the op tests again, served by Triton on the GPU
 #   sanitizer   a few op tests under compute-sanitizer, where that tool exists
 #   bench       every benchmarks/bench_*.py
+#   growth      benchmarks/growth.py: memory and epoch time of the CPU from 1M pairs on
+#   distributed benchmarks/distributed.py on all GPUs, where there are at least two
+#   gowalla     benchmarks/lightgcn_gowalla.py: 1000 epochs, their time, recall@20 and NDCG@20
 # A step that fails does not stop the next; the exit code is 1 if one failed, 2 for a bad call. --rehearse runs on the
 # CPU, to try this script without a GPU; --quick takes the benchmarks' small sizes.
 #
@@ -21,17 +24,18 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 device=cuda
 quick=()
+all=(native tests triton sanitizer bench growth distributed gowalla)
 steps=()
 out=""
 for argument in "$@"; do
   case $argument in
     --rehearse) device=cpu ;;
     --quick) quick=(--quick) ;;
-    native | tests | triton | sanitizer | bench) steps+=("$argument") ;;
+    native | tests | triton | sanitizer | bench | growth | distributed | gowalla) steps+=("$argument") ;;
     -*) echo "gpu_suite: expected OUT [--rehearse] [--quick] [STEP...], got $argument" >&2; exit 2 ;;
     *)
       if [[ -n $out ]]; then
-        echo "gpu_suite: expected a step of native, tests, triton, sanitizer, bench, got $argument" >&2
+        echo "gpu_suite: expected a step of ${all[*]}, got $argument" >&2
         exit 2
       fi
       out=$argument
@@ -42,7 +46,7 @@ if [[ -z $out ]]; then
   echo "gpu_suite: expected the folder for the results, got nothing" >&2
   exit 2
 fi
-[[ ${#steps[@]} -gt 0 ]] || steps=(native tests triton sanitizer bench)
+[[ ${#steps[@]} -gt 0 ]] || steps=("${all[@]}")
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 if [[ $device == cuda ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -168,6 +172,36 @@ bench() {
   local script=$1
   env -u PYTHONSAFEPATH "$python" "$script" --device "$device" ${quick[@]+"${quick[@]}"} \
     --json "$out/$(basename "$script" .py).json"
+}
+
+growth() {
+  local sizes=()
+  [[ ${#quick[@]} -eq 0 ]] || sizes=(--pairs 20k 50k --large --seconds 1)
+  env -u PYTHONSAFEPATH "$python" "$root/benchmarks/growth.py" ${sizes[@]+"${sizes[@]}"} ${quick[@]+"${quick[@]}"} \
+    --threads "$(nproc)" --out "$out"
+}
+
+distributed() {
+  local ranks graphs=()
+  ranks=$([[ $device == cpu ]] && echo 2 || "$python" -c 'import torch; print(torch.cuda.device_count())')
+  if [[ $ranks -lt 2 ]]; then
+    echo "one GPU on this machine: not run"
+    return 0
+  fi
+  [[ ${#quick[@]} -eq 0 ]] || graphs=(--graphs "power-law 50k")
+  env -u PYTHONSAFEPATH "$python" "$root/benchmarks/distributed.py" --device "$device" --ranks "$ranks" \
+    ${graphs[@]+"${graphs[@]}"} --json "$out/distributed.json"
+}
+
+gowalla() {
+  local data="${COLLM_FAST_TEST_DATA:-$root/../shared/data}/gowalla-lightgcn" epochs=1000
+  if [[ ! -f $data/train.parquet ]]; then
+    echo "no gowalla-lightgcn/train.parquet: not run"
+    return 0
+  fi
+  [[ ${#quick[@]} -eq 0 ]] || epochs=1
+  env -u PYTHONSAFEPATH "$python" "$root/benchmarks/lightgcn_gowalla.py" --data "$data" --device "$device" \
+    --epochs "$epochs" --every 50 --folder "$out/gowalla" --out "$out"
 }
 
 for step in "${steps[@]}"; do

@@ -403,9 +403,9 @@ def test_a_peer_that_is_not_installed_is_named(harness: ModuleType, monkeypatch:
     case = bench_propagate.Case(suite, "toy", 8, lambda: bench_propagate.graphs.power_law(suite, 500))
     assert "pyg_lgconv" not in case.others
     assert suite.failures == ["toy D=8 pyg_lgconv: needs torch_geometric, which is not installed"]
-    monkeypatch.setattr(bench_propagate, "PYG_BYTES", 100)
+    monkeypatch.setattr(bench_propagate, "LARGE", 100)
     case = bench_propagate.Case(suite, "big", 8, lambda: bench_propagate.graphs.power_law(suite, 500))
-    assert "pyg_lgconv" not in case.others and "big D=8 pyg_lgconv: its messages need 0.0 GiB" in suite.failures[1]
+    assert set(case.others) == {"naive", "torch_csr", "embedding_bag"} and "big D=8: 0.0 GiB of" in suite.failures[1]
 
 
 class FakeCusparse:
@@ -620,7 +620,10 @@ def test_compare_command(written: Any, capsys: pytest.CaptureFixture[str]) -> No
     [
         ([], "expected the folder for the results, got nothing"),
         (["--fast"], "got --fast"),
-        (["out", "everything"], "expected a step of native, tests, triton, sanitizer, bench, got everything"),
+        (
+            ["out", "everything"],
+            "expected a step of native tests triton sanitizer bench growth distributed gowalla, got everything",
+        ),
     ],
 )
 def test_the_gpu_suite_names_a_bad_call(arguments: list[str], message: str, tmp_path: Path) -> None:
