@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "../propagate.h"
+#include "huge_pages.h"
 #include "propagate_layer.h"
 #include "propagate_loops.h"
 
@@ -105,6 +106,7 @@ void layer(const Tensor& out, std::optional<Tensor> table, const Tensor& x, cons
   if (count == 0 || D == 0) {
     return;
   }
+  advise_huge_pages(out.data_ptr(), count * D * element_bytes(out.scalar_type()));
   const int64_t* begin = static_cast<const int64_t*>(crow.data_ptr());
   // `nodes` bounds the columns, and these are rows of the table.
   const Graph graph{begin,
