@@ -134,26 +134,29 @@ __attribute__((always_inline)) inline void store(const Vector<float, BYTES>& val
 }
 
 // --- the columns of a row, block by block ------------------------------------------------------------------------
-// A bfloat16 table holds the vectors of a block in pairs: word j of a pair has lane j of the first vector in its lower
-// half and lane j of the second in its upper one. So a pair is read by one load, a shift and a mask, without a shuffle.
-// Blocks divide D alike in every layer, and no one else reads a table.
-template <typename T, int V>
-constexpr bool kPaired = std::is_same_v<T, BFloat16> && V % 2 == 0;
+// A bfloat16 table holds its columns by 32 in pairs: word j of 16 has column j in its lower half and column j + 16 in
+// its upper one. So two vectors are read by one load, a shift and a mask, without a shuffle. The last D % 32 columns
+// lie in their order. The layout is the same for every instruction set: ranks on different processors exchange tables.
+constexpr int kPairColumns = 32;
+template <typename T, int V, int BYTES>
+constexpr bool kPaired = std::is_same_v<T, BFloat16> && V * BYTES / 4 % kPairColumns == 0;
 
 template <typename S, typename A, int V, int BYTES>
 __attribute__((always_inline)) inline void add_row(const S* row, Vector<A, BYTES> (&total)[V]) {
   constexpr int L = BYTES / sizeof(A);
-  if constexpr (kPaired<S, V>) {
+  if constexpr (kPaired<S, V, BYTES>) {
+    constexpr int kHalf = kPairColumns / 2 / L;  // vectors from a column to the other of its word
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v += 2) {
+    for (int i = 0; i < V / 2; ++i) {
+      const int v = i / kHalf * 2 * kHalf + i % kHalf;
       Vector<uint32_t, BYTES> pair;
-      __builtin_memcpy(&pair, row + v * L, sizeof(pair));
+      __builtin_memcpy(&pair, row + i * 2 * L, sizeof(pair));
       const Vector<uint32_t, BYTES> low = pair << 16, high = pair & 0xFFFF0000u;
       Vector<A, BYTES> first, second;
       __builtin_memcpy(&first, &low, sizeof(first));
       __builtin_memcpy(&second, &high, sizeof(second));
       total[v] += first;
-      total[v + 1] += second;
+      total[v + kHalf] += second;
     }
   } else {
 #pragma GCC unroll 16
@@ -182,15 +185,17 @@ template <typename T, typename A, int V, int BYTES>
 __attribute__((always_inline)) inline void finish(const Vector<A, BYTES> (&total)[V], const A* x, A a, A b,
                                                   bool is_table, T* out) {
   constexpr int L = BYTES / sizeof(A);
-  if constexpr (kPaired<T, V>) {
+  if constexpr (kPaired<T, V, BYTES>) {
     if (is_table) {
+      constexpr int kHalf = kPairColumns / 2 / L;
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v += 2) {
+      for (int i = 0; i < V / 2; ++i) {
+        const int v = i / kHalf * 2 * kHalf + i % kHalf, w = v + kHalf;
         Vector<A, BYTES> first, second;
         combine<A, BYTES>(total[v], x == nullptr ? x : x + v * L, a, b, first);
-        combine<A, BYTES>(total[v + 1], x == nullptr ? x : x + (v + 1) * L, a, b, second);
+        combine<A, BYTES>(total[w], x == nullptr ? x : x + w * L, a, b, second);
         const Vector<uint32_t, BYTES> pair = (rounded<BYTES>(first) >> 16) | (rounded<BYTES>(second) & 0xFFFF0000u);
-        __builtin_memcpy(out + v * L, &pair, sizeof(pair));
+        __builtin_memcpy(out + i * 2 * L, &pair, sizeof(pair));
       }
       return;
     }

@@ -447,6 +447,7 @@ SIMD = """
 import sys, torch
 from collm_fast.graph import BipartiteGraph
 from collm_fast.ops import lightgcn_propagate
+from collm_fast.ops.layer import lightgcn_layer
 graph = BipartiteGraph.from_interactions([0, 1, 2, 0, 2], [0, 1, 1, 2, 3], 4, 5)
 torch.manual_seed(0)
 dense = BipartiteGraph.from_interactions(torch.randint(0, 60, (900,)), torch.randint(0, 37, (900,)), 60, 37)
@@ -459,6 +460,10 @@ for D in (1, 5, 8, 21, 64, 150, 403):
             out.append(lightgcn_propagate(x, dense, 3, storage_dtype=storage, **options))
             out += torch.autograd.grad(out[-1].square().sum(), x)
             out.append(lightgcn_propagate(x.to(storage or torch.float64), dense, 2, **options))
+# What a rank sends to another, whose processor may be of another kind.
+for D in (8, 16, 31, 32, 64, 100, 403):
+    out.append(torch.empty(97, D, dtype=torch.bfloat16))
+    lightgcn_layer(out[-1], None, torch.randn(97, D), dense.crow, dense.col, dense.inv_sqrt_degree)
 out = [t.detach() for t in out]
 # Subnormal in float16, and sums of 0: nothing of it may depend on what the processor does with subnormal float32.
 small = 2.0 ** torch.arange(-24.0, -8).repeat(9, 10)
