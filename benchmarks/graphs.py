@@ -48,16 +48,21 @@ def load(suite: harness.Suite, name: str) -> BipartiteGraph:
 
 
 def power_law(suite: harness.Suite, edges: int) -> BipartiteGraph:
-    """About `edges` distinct pairs: users uniform, 25 each on average; items by (rank + 20)^-0.8, 40 on average.
+    """The graph of `power_law_pairs`; pairs drawn twice are merged."""
+    return BipartiteGraph.from_interactions(*power_law_pairs(suite, edges))
 
-    The shift gives the most popular item 3 to 8 % of the users of 100M to 1M edges (Gowalla's has 5 %). Pairs drawn
-    twice are merged.
+
+def power_law_pairs(suite: harness.Suite, pairs: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """(users, items, num_users, num_items): users uniform, 25 pairs each on average; items by (rank + 20)^-0.8, 40 on
+    average, in no order.
+
+    The shift gives the most popular item 3 to 8 % of the users of 100M to 1M pairs (Gowalla's has 5 %).
     """
-    num_users, num_items = max(edges // 25, 1), max(edges // 40, 1)
-    users = suite.integers(0, num_users, edges).cpu().numpy()
-    uniform = suite.integers(0, 1 << 30, edges).cpu().numpy() / float(1 << 30)
+    num_users, num_items = max(pairs // 25, 1), max(pairs // 40, 1)
+    users = suite.integers(0, num_users, pairs).cpu().numpy()
+    uniform = suite.integers(0, 1 << 30, pairs).cpu().numpy() / float(1 << 30)
     # The inverse of the cumulative distribution, of which (rank + shift)^0.2 is the integral.
     low, high = SHIFT**0.2, (num_items + SHIFT) ** 0.2
     rank = (low + (high - low) * uniform) ** 5 - SHIFT
     items = np.clip(rank.astype(np.int64), 0, num_items - 1)
-    return BipartiteGraph.from_interactions(users, items, num_users, num_items)
+    return users, items, num_users, num_items

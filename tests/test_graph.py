@@ -207,6 +207,17 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["graph.safetensors"]
 
 
+def test_a_loaded_graph_needs_its_file_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "graph.safetensors"
+    graph = BipartiteGraph.from_interactions([0, 1, 1], [2, 0, 2], 2, 3)
+    graph.save(path)
+    loaded = BipartiteGraph.load(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for name in ("crow", "col", "inv_sqrt_degree"):
+        assert torch.equal(getattr(graph, name), getattr(loaded, name))
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "graph.safetensors"
     BipartiteGraph.from_interactions([0], [0], 1, 1).save(path)

@@ -79,6 +79,7 @@ def bpr_backward(
         seed: of the dropped edges, where config.edge_dropout > 0.
     Returns: the loss, without a graph.
     """
+    table.grad = None  # before the layers need their memory, not after
     nodes = lightgcn_propagate(
         table,
         graph,
@@ -89,7 +90,6 @@ def bpr_backward(
         seed=seed,
     )
     loss = bpr_loss(pair_scores(nodes, batch.slots))
-    table.grad = None
     loss.backward()
     with torch.no_grad():
         assert table.grad is not None
