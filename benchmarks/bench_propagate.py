@@ -105,8 +105,9 @@ class Case:
 
     @cached_property
     def others_bf16(self) -> Mapping[str, peers.Propagate]:
-        """Those that keep the layers in bfloat16, and the two that the storage of ours is measured against."""
-        device, found = self.suite.device, {name: self.others[name] for name in ("naive", "torch_csr")}
+        """Those that keep the layers in bfloat16, and those in float32 that such storage is measured against."""
+        device, wide = self.suite.device, ("naive", "torch_csr", "cusparse")
+        found = {name: fn for name, fn in self.others.items() if name in wide}
         bags = peers.Bags(self.graph, torch.bfloat16, device).multiply
         found["embedding_bag_bf16"] = peers.self_adjoint(bags, K)
         if device.type == "cuda":
