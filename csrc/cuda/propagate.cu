@@ -217,15 +217,8 @@ Tensor propagate(const Tensor& x, const Tensor& crow, const Tensor& col, const T
   const Tables tables = make_tables(call, out, num_layers);
   prepare(call, x, tables.buffers[0]);
   launch(call,
-         {call.layer,
-          {tables.buffers[0], tables.buffers[1]},
-          out.data_ptr(),
-          call.storage,
-          type_of(out.scalar_type()),
-          true,
-          num_layers,
-          0,
-          0},
+         {call.layer, tables.buffers[0], tables.buffers[1], out.data_ptr(), call.storage, type_of(out.scalar_type()),
+          true, num_layers, 0, 0},
          call.tiling);
   return out;
 }
@@ -294,7 +287,8 @@ Tensor propagate_backward(const Tensor& grad, const Tensor& crow, const Tensor& 
   // The first layer runs over the edges of the gradient's rows alone.
   const bool one = num_layers == 1;
   Program first{call.layer,
-                {scaled.data_ptr(), nullptr},
+                scaled.data_ptr(),
+                nullptr,
                 one ? out.data_ptr() : tables.buffers[0],
                 Type::float32,
                 one ? out_type : call.storage,
@@ -306,15 +300,8 @@ Tensor propagate_backward(const Tensor& grad, const Tensor& crow, const Tensor& 
   launch(call, first, make_tiling(count, D, 4, call.device.machine));
   if (!one) {
     launch(call,
-           {call.layer,
-            {tables.buffers[0], tables.buffers[1]},
-            out.data_ptr(),
-            call.storage,
-            out_type,
-            true,
-            num_layers - 1,
-            0,
-            0},
+           {call.layer, tables.buffers[0], tables.buffers[1], out.data_ptr(), call.storage, out_type, true,
+            num_layers - 1, 0, 0},
            call.tiling);
   }
   return out;

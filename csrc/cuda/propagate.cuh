@@ -54,10 +54,11 @@ struct Layer {
   ErrorRecord *bad_row, *bad_crow, *bad_col;
 };
 
-// Consecutive layers of a call. The table of the first lies in buffers[0]; they alternate.
+// Consecutive layers of a call: the first reads the even table and writes the odd one, and so on. They are no array:
+// the compiler would lose sight of the address space.
 struct Program {
   Layer layer;
-  void* buffers[2];
+  void *even, *odd;
   void* result;
   Type storage, result_type;
   bool is_result;  // or another table: the first layer of a sparse backward
@@ -79,10 +80,10 @@ struct Step {
 __device__ __forceinline__ Step step_of(const Program& p, int64_t i) {
   const bool by_rows = p.layer.rows != nullptr;
   if (i + 1 < p.layers) {
-    return {Pass::all, p.buffers[i % 2], p.buffers[(i + 1) % 2], p.storage, false};
+    return {Pass::all, i % 2 == 0 ? p.even : p.odd, i % 2 == 0 ? p.odd : p.even, p.storage, false};
   }
   const Pass pass = !by_rows ? Pass::all : i + 1 == p.layers ? Pass::hubs : Pass::rows;
-  return {pass, p.buffers[(p.layers - 1) % 2], p.result, p.result_type, p.is_result};
+  return {pass, p.layers % 2 == 1 ? p.even : p.odd, p.result, p.result_type, p.is_result};
 }
 
 __device__ __forceinline__ void grid_barrier() {
@@ -90,6 +91,26 @@ __device__ __forceinline__ void grid_barrier() {
   emulator::grid_barrier();
 #else
   cooperative_groups::this_grid().sync();
+#endif
+}
+
+// Which pointer a step takes hides its address space from the compiler, and a generic load costs more.
+template <typename T>
+__device__ __forceinline__ T* in_global(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// One instruction: left to itself the compiler adds the column last, in four more, for each edge.
+__device__ __forceinline__ const char* at_row(const char* column, uint32_t row, uint32_t row_bytes) {
+#if defined(__CUDA_ARCH__)
+  uint64_t address;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(row_bytes), "l"(__cvta_generic_to_global(column)));
+  return static_cast<const char*>(__cvta_global_to_generic(address));
+#else
+  return column + static_cast<uint64_t>(row) * row_bytes;
 #endif
 }
 
@@ -122,23 +143,22 @@ __device__ __forceinline__ int nth_bit(unsigned mask, int n) {
   return at;
 }
 
-// Adds loads x kEdges of a warp's `count` edges, from j on; lane i holds the table's row of edge i.
+// Adds loads x kEdges of a warp's `count` edges, from j on; lane i holds the table's row of edge i. `column` is the
+// lane's first column in the table's first row.
 template <class F, int loads>
-__device__ __forceinline__ void gather(const void* table, uint32_t row_bytes, int32_t rows, int j, int count, int lane,
+__device__ __forceinline__ void gather(const char* column, uint32_t row_bytes, int32_t rows, int j, int count, int lane,
                                        const Lane<F>& l, Sums<F>& sum) {
   using Word = typename F::Word;
   Word words[loads][F::kVecs];
 #pragma unroll
   for (int u = 0; u < loads; ++u) {
     const int edge = j + u * F::kEdges + lane / F::kLanes;
-    const int32_t row = __shfl_sync(kAllLanes, rows, edge & 31);
-    const uint64_t offset = static_cast<uint64_t>(static_cast<uint32_t>(row)) * row_bytes;
+    const uint32_t row = static_cast<uint32_t>(__shfl_sync(kAllLanes, rows, edge));  // of lane edge % 32
+    const char* from = at_row(column, row, row_bytes);
 #pragma unroll
     for (int v = 0; v < F::kVecs; ++v) {
       const bool there = edge < count && l.active[v];
-      words[u][v] = there ? *reinterpret_cast<const Word*>(static_cast<const char*>(table) + offset +
-                                                           l.column[v] * sizeof(typename F::Element))
-                          : Word{};
+      words[u][v] = there ? *reinterpret_cast<const Word*>(from + v * F::kLanes * sizeof(Word)) : Word{};
     }
   }
 #pragma unroll
@@ -175,6 +195,7 @@ template <class F>
 __device__ __forceinline__ void sum_edges(const Layer& a, const void* table, int node, const int32_t* col, int edges,
                                           int lane, const Lane<F>& l, Sums<F>& sum) {
   constexpr int kMost = F::kLoads, kHalf = kMost / 2, kQuarter = kMost / 4;
+  const char* column = static_cast<const char*>(table) + l.column[0] * sizeof(typename F::Element);
   clear<F>(sum);
   int32_t next = lane < edges ? __ldcs(col + lane) : 0;
   for (int first = lane; first - lane < edges; first += 32) {
@@ -190,13 +211,13 @@ __device__ __forceinline__ void sum_edges(const Layer& a, const void* table, int
     // As many loads at a time as there are edges left for: a short row must not step through empty ones.
     for (int j = 0; j < count;) {
       if (count - j > F::kEdges * kHalf) {
-        gather<F, kMost>(table, a.row_bytes, rows, j, count, lane, l, sum);
+        gather<F, kMost>(column, a.row_bytes, rows, j, count, lane, l, sum);
         j += F::kEdges * kMost;
       } else if (kQuarter == 0 || count - j > F::kEdges * kQuarter) {
-        gather<F, kHalf>(table, a.row_bytes, rows, j, count, lane, l, sum);
+        gather<F, kHalf>(column, a.row_bytes, rows, j, count, lane, l, sum);
         j += F::kEdges * kHalf;
       } else {
-        gather<F, kQuarter == 0 ? 1 : kQuarter>(table, a.row_bytes, rows, j, count, lane, l, sum);
+        gather<F, kQuarter == 0 ? 1 : kQuarter>(column, a.row_bytes, rows, j, count, lane, l, sum);
         j += F::kEdges * kQuarter;
       }
     }
@@ -373,7 +394,7 @@ __device__ __forceinline__ void run_row(const Layer& a, const Step& step, int ti
       for (int i = 0; i < F::kVec; ++i) {
         own[v][i] = scale * own[v][i] + scale * s * a.keep * sum[v][i];
       }
-      store_as(step.out, position * a.D + l.column[v], step.out_type, step.is_result, own[v]);
+      store_as(in_global(step.out), position * a.D + l.column[v], step.out_type, step.is_result, own[v]);
     }
   }
 }

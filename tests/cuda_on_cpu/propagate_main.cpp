@@ -136,7 +136,7 @@ int main() {
     const Tables tables = make_tables(table_bytes, out, K);
     set_table(layer, storage, tiling);
     launch_prepare({layer, tables.buffers[0], storage, counters}, tiling);
-    launch(settings, {layer, {tables.buffers[0], tables.buffers[1]}, out.data(), storage, type, true, K, 0, 0}, tiling);
+    launch(settings, {layer, tables.buffers[0], tables.buffers[1], out.data(), storage, type, true, K, 0, 0}, tiling);
   } else {
     auto sums = emulator::poisoned<float>(count * D), scaled = emulator::poisoned<float>(count * D);
     auto slot = emulator::poisoned<int32_t>(layer.nodes);
@@ -163,7 +163,8 @@ int main() {
       set_table(layer, storage, tiling);
       launch_prepare({layer, nullptr, storage, counters}, tiling);
       Program program{layer,
-                      {scaled.data(), nullptr},
+                      scaled.data(),
+                      nullptr,
                       K == 1 ? out.data() : tables.buffers[0],
                       Type::float32,
                       K == 1 ? type : storage,
@@ -174,7 +175,7 @@ int main() {
       program.layer.slot = slot.data();
       launch(settings, program, make_tiling(count, D, 4, settings.machine));
       if (K > 1) {
-        launch(settings, {layer, {tables.buffers[0], tables.buffers[1]}, out.data(), storage, type, true, K - 1, 0, 0},
+        launch(settings, {layer, tables.buffers[0], tables.buffers[1], out.data(), storage, type, true, K - 1, 0, 0},
                tiling);
       }
     }
