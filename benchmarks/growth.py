@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from collm_fast.training.bpr import bpr_backward
 
 D, K = 64, 3
 CPU = torch.device("cpu")
+CHUNK = 512  # batches drawn at once, as fit_lightgcn does
 UNITS = {"k": 10**3, "M": 10**6, "": 1}
 
 
@@ -94,17 +96,16 @@ def epoch(graph: BipartiteGraph, config: BPRConfig, seconds: float) -> dict[str,
         table = torch.randn(graph.num_nodes, D, generator=torch.Generator().manual_seed(0)).mul_(config.init_std)
         return table.requires_grad_(), torch.optim.Adam([table], lr=config.lr, fused=True)
 
-    def run(table: torch.Tensor, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        # 512 batches at once, as fit_lightgcn draws them.
-        for first in range(0, steps, 512):
-            count, row = min(512, steps - first) * config.batch_size, first * config.batch_size
+    def run(table: torch.Tensor, optimizer: torch.optim.Optimizer, steps: int, drawn: int | None = None) -> None:
+        for first in range(0, steps, CHUNK):
+            count, row = min(CHUNK, drawn or steps - first) * config.batch_size, first * config.batch_size
             nodes = sample_triples(graph, count, seed=config.seed, first_row=row)
             nodes[1:] += graph.num_users
-            for batch in batches_of(nodes, graph.num_nodes, config.batch_size):
+            for batch in islice(batches_of(nodes, graph.num_nodes, config.batch_size), steps - first):
                 bpr_backward(table, graph, batch, config)
                 optimizer.step()
 
-    peak = machine.peak_bytes(lambda: run(*start(), 2), CPU)
+    peak = machine.peak_bytes(lambda: run(*start(), 2, min(CHUNK, batches)), CPU)
     gc.collect()
     state = start()
     run(*state, 2)

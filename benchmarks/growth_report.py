@@ -118,10 +118,10 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Growth with the number of edges",
         "",
-        f"{result['cpu']}, {result['simd']}, {result['threads']} thread(s), torch {result['versions']['torch']}, commit "
-        f"{result['commit'][:12]}; D = {result['D']}, K = {result['K']}; a copy runs at up to {copy:.0f} GB/s. Made by "
-        "`python benchmarks/growth.py`, each size in a process of its own; wall time, medians of up to nine calls. The "
-        "graphs are synthetic: users uniform, items by (rank + 20)^-0.8, 25 edges a user and 40 an item "
+        f"{result['cpu']}, {result['simd']}, {result['threads']} thread(s), torch {result['versions']['torch']}, "
+        f"commit {result['commit'][:12]}; D = {result['D']}, K = {result['K']}; a copy runs at up to {copy:.0f} GB/s. "
+        "Made by `python benchmarks/growth.py`, each size in a process of its own; wall time, medians of up to nine "
+        "calls. The graphs are synthetic: users uniform, items by (rank + 20)^-0.8, 25 edges a user and 40 an item "
         "(`benchmarks/graphs.py`); pairs drawn twice count once.",
         "",
         "![Time and memory by edges](growth.png)",
