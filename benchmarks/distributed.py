@@ -224,7 +224,7 @@ def serve(rank: int, options: argparse.Namespace, folder: str, names: list[str])
     this = Rank(rank, options, Path(folder))
     results = []
     for number in range(len(names)):
-        graph = BipartiteGraph.load(Path(folder) / f"graph-{number}.safetensors")
+        graph = BipartiteGraph.load(Path(folder) / f"graph-{number}.safetensors", mmap=True)
         results += [measure(this, graph, options.width, storage) for storage in STORAGE]
     (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

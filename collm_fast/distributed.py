@@ -5,6 +5,16 @@ table. A layer needs rows of other ranks, the halo; each is sent once a layer, i
 propagates as two chains that never meet (users -> items -> users ..., items -> users -> items ...), so while the rows
 of one chain travel, the other chain is summed: only the first exchange has nothing to hide behind.
 
+    # torchrun --nproc-per-node 8 train.py
+    dist.init_process_group("nccl")                          # "gloo" for CPU tensors
+    device = torch.device("cuda", dist.get_node_local_rank())
+    graph = ShardedGraph.of(BipartiteGraph.load(path, mmap=True), device=device)   # keeps this rank's part
+    x = graph.shard(first_embeddings).requires_grad_()       # and Adam([x]): its state is divided, too
+    rows = torch.cat((users, num_users + positives, num_users + negatives))   # this rank's part of the batch
+    user, positive, negative = sharded_propagate(x, graph, 3, rows=rows).chunk(3)
+    loss = softplus((user * (negative - positive)).sum(1)).sum() / batch_size   # all ranks': their sum
+    loss.backward()                                          # every row's gradient arrives at its owner
+
 One layer of one rank is ops/layer.py; all layers on one device are ops/propagate.py. Works on any backend that has
 all_to_all: gloo for CPU tensors, NCCL for CUDA ones. Floor F1.
 """
@@ -196,7 +206,8 @@ def _check(
     numbers = [dtypes.index(dtype) if dtype in dtypes else -1 for dtype in (x.dtype, storage)]
     agree(
         op,
-        graph,
+        graph.group,
+        graph.device,
         error,
         D=x.shape[-1] if x.dim() else 0,
         dtype=numbers[0],

@@ -21,6 +21,7 @@ from collm_fast.ops.layer import lightgcn_layer
 USERS, ITEMS = 0, 1
 # What a row costs beside its edges (read x, write the table, send and receive), in edges; measured on a CPU at D = 64.
 _ROW_COST = 16
+_EDGES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,28 +75,31 @@ class ShardedGraph:
     def of(cls, graph: BipartiteGraph, group: Any = None, *, device: torch.device | str | None = None) -> ShardedGraph:
         """This rank's part of `graph`; every rank of the group calls it with the same graph.
 
-        The graph may be mapped from a file: only `crow` and this rank's rows of `col` are read, and only those rows
-        are kept. Ranges are contiguous and balanced by cost, of an edge 1 and of a row 16: first those of the items,
-        then those of the users so as to even out the sum.
+        The graph may be mapped from a file (`load(path, mmap=True)`): only `crow` and this rank's rows of `col` are
+        read, and only those rows are kept. Ranges are contiguous and balanced by cost, of an edge 1 and of a row 16:
+        first those of the items, then those of the users so as to even out the sum.
 
         Args:
             graph: the whole graph, on the CPU.
             group: a torch.distributed process group; None: the default one.
             device: where the part shall live and the group communicates (NCCL: this rank's GPU); None: the CPU.
-        Raises: ValueError without an initialised group, or where the ranks hold different graphs or kernels.
+        Raises: ValueError without an initialised group; on every rank where one finds an edge inside of a side, or
+            where the ranks hold different graphs or kernels.
         """
         op = "ShardedGraph"
         ready = dist.is_available() and dist.is_initialized()
         require(ready, op, "an initialised torch.distributed process group", None)
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         require(rank >= 0, op, "a group that this rank belongs to", "another")
-        sides = _build_sides(graph, rank, world)
         place = torch.device("cpu" if device is None else device)
-        part = cls(
-            graph.num_users, graph.num_items, group, rank, world, (sides[USERS].to(place), sides[ITEMS].to(place))
-        )
+        error, parts = None, []
+        try:
+            parts = [side.to(place) for side in _build_sides(graph, rank, world)]
+        except ValueError as found:
+            error = found
         sizes = {"num_users": graph.num_users, "num_items": graph.num_items, "edges": graph.num_edges}
-        agree(op, part, None, **sizes, order_of_bfloat16_columns=_order_of_columns(place))
+        agree(op, group, place, error, **sizes, order_of_bfloat16_columns=_order_of_columns(place))
+        part = cls(graph.num_users, graph.num_items, group, rank, world, (parts[USERS], parts[ITEMS]))
         part._compare_halo(op)
         return part
 
@@ -150,7 +154,8 @@ class ShardedGraph:
         got = torch.empty_like(sent)
         dist.all_to_all_single(got, sent, group=self.group)
         same = bool((got == expected).all())
-        agree(op, self, None if same else ValueError(f"{op}: expected the same graph on every rank, got other edges"))
+        error = None if same else ValueError(f"{op}: expected the same graph on every rank, got other edges")
+        agree(op, self.group, self.device, error)
 
 
 def _cuts(cost: Tensor, wanted: Sequence[int]) -> list[int]:
@@ -190,39 +195,44 @@ def _build_side(graph: BipartiteGraph, own: list[int], other: list[int], rank: i
     world, begin, end = len(own) - 1, own[rank], own[rank + 1]
     first, last = int(graph.crow[begin]), int(graph.crow[end])
     crow = graph.crow[begin : end + 1] - first
-    # Positions from here on: of a column in the other side, and of a row in this rank's range.
-    col = graph.col[first:last].long() - other[0]
-    node = torch.repeat_interleave(torch.arange(end - begin), crow.diff())
     starts = torch.tensor(other) - other[0]
-    owner = torch.searchsorted(starts[1:], col, right=True)
-    needed = torch.zeros(world, end - begin, dtype=torch.bool)
-    needed[owner, node] = True
-    needed[rank] = False
-    read = torch.zeros(other[-1] - other[0], dtype=torch.bool)
-    read[col] = True
     low, high = int(starts[rank]), int(starts[rank + 1])
+    needed = torch.zeros(world, end - begin, dtype=torch.bool)
+    read = torch.zeros(other[-1] - other[0], dtype=torch.bool)
+    # Some edges at a time: their int64 ids would take several times the memory of the part itself.
+    for at in range(0, last - first, _EDGES):
+        col = graph.col[first + at : min(first + at + _EDGES, last)].long() - other[0]
+        outside = col[(col < 0) | (col >= read.numel())][:1] + other[0]
+        require(not outside.numel(), "ShardedGraph", f"col in [{other[0]}, {other[-1]})", outside.tolist())
+        row = torch.searchsorted(crow, torch.arange(at, at + col.numel()), right=True) - 1
+        needed[torch.searchsorted(starts[1:], col, right=True), row] = True
+        read[col] = True
+    needed[rank] = False
     read[low:high] = False
     halo = read.nonzero()[:, 0]
     position = torch.empty(read.numel(), dtype=torch.int32)
     position[low:high] = torch.arange(high - low, dtype=torch.int32)
     position[halo] = torch.arange(high - low, high - low + halo.numel(), dtype=torch.int32)
-    halo_owner = torch.searchsorted(starts[1:], halo, right=True)
+    col = torch.empty(last - first, dtype=torch.int32)
+    for at in range(0, last - first, _EDGES):
+        part = col[at : at + _EDGES]
+        torch.index_select(position, 0, graph.col[first + at : first + at + part.numel()] - other[0], out=part)
     side = Side(
         bounds=own,
         crow=crow,
-        col=position[col],
+        col=col,
         inv_sqrt_degree=graph.inv_sqrt_degree[begin:end].clone(),
         send=needed.nonzero()[:, 1].contiguous(),
         send_counts=needed.sum(1).tolist(),
         halo_counts=[],
     )
-    return side, torch.bincount(halo_owner, minlength=world).tolist()
+    return side, torch.bincount(torch.searchsorted(starts[1:], halo, right=True), minlength=world).tolist()
 
 
 def _order_of_columns(device: torch.device) -> int:
     """A number that tells in which order the kernels here hold the columns of a bfloat16 table.
 
-    On a CPU the order follows the instruction set, and tables travel as they are: ranks that differ must not meet.
+    Compiled kernels have an order of their own, and tables travel as they are: ranks that differ must not meet.
     """
     column = torch.arange(128, device=device)
     table = torch.empty(1, 128, dtype=torch.bfloat16, device=device)
@@ -231,12 +241,12 @@ def _order_of_columns(device: torch.device) -> int:
     return int((table[0].long() * column).sum())
 
 
-def agree(op: str, graph: ShardedGraph, error: ValueError | None, **values: int) -> None:
+def agree(op: str, group: Any, device: torch.device, error: ValueError | None, **values: int) -> None:
     """Raises on every rank if one has an error or another value, so that no rank waits for one that has raised."""
-    mine = torch.tensor([int(error is not None), *values.values()], device=graph.device)
-    got = torch.empty(graph.world_size, mine.numel(), dtype=mine.dtype, device=graph.device)
-    sent = mine.expand_as(got).contiguous()
-    dist.all_to_all_single(got, sent, group=graph.group)
+    mine = torch.tensor([int(error is not None), *values.values()], device=device)
+    sent = mine.repeat(dist.get_world_size(group), 1)
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent, group=group)
     if error is not None:
         raise error
     for rank, (failed, *theirs) in enumerate(got.tolist()):

@@ -136,6 +136,11 @@ def rank_error(group: Any, graph: BipartiteGraph, kind: str) -> str:
         other = BipartiteGraph.from_interactions([0, 1, 2, 3], [1, 2, 3, 0], 4, 4)
         same = BipartiteGraph.from_interactions([0, 1, 2, 3], [0, 1, 2, 3], 4, 4)
         return message(lambda: ShardedGraph.of(other if last else same, group))
+    if kind == "inside":
+        col = graph.col.clone()
+        col[-1] = graph.num_nodes - 1  # the last item's neighbour: an item
+        broken = BipartiteGraph(graph.crow, col, graph.inv_sqrt_degree, graph.num_users, graph.num_items)
+        return message(lambda: ShardedGraph.of(broken if last else graph, group))
     if kind == "kernels":
         real = sharding._order_of_columns
         if last:
@@ -296,6 +301,7 @@ def test_training_like_one_process(ranks: Ranks) -> None:
         ("rows", "expected rows in [0, 160), got 160", "got an error on rank 1"),
         ("dtype of rows", "expected rows of shape [B] in int64, got", "got an error on rank 1"),
         ("graph", "expected the same edges on every rank", "expected the same edges on every rank"),
+        ("inside", "expected col in [0, 90), got [159]", "got an error on rank 1"),
         (
             "kernels",
             "expected the same order_of_bfloat16_columns on",
@@ -307,7 +313,7 @@ def test_training_like_one_process(ranks: Ranks) -> None:
 def test_errors_reach_every_rank(ranks: Ranks, kind: str, there: str, here: str) -> None:
     found = ranks(2, "rank_error", GRAPHS["pairs"], kind)
     assert here in found[0] and there in found[1], found
-    op = "ShardedGraph" if kind in ("graph", "edges", "kernels") else "sharded_propagate"
+    op = "ShardedGraph" if kind in ("graph", "edges", "inside", "kernels") else "sharded_propagate"
     assert all(text.startswith(f"{op}: expected ") for text in found)
 
 
@@ -328,7 +334,7 @@ def test_one_process_and_a_file(tmp_path: Path) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=20))
     try:
-        part = ShardedGraph.of(BipartiteGraph.load(tmp_path / "graph.safetensors"))
+        part = ShardedGraph.of(BipartiteGraph.load(tmp_path / "graph.safetensors", mmap=True))
         assert part.num_local == part.num_nodes == graph.num_nodes and part.device == torch.device("cpu")
         x = table(graph, 5, torch.float64)
         own = part.shard(x).requires_grad_()
@@ -356,7 +362,8 @@ def test_a_rank_that_fails_fails_the_call(tmp_path: Path) -> None:
 # --- how a graph is divided: no processes needed -----------------------------------------------------------------
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_parts_fit_together(name: str, world: int) -> None:
+def test_parts_fit_together(name: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "_EDGES", 64)  # several blocks of edges
     graph = GRAPHS[name]
     parts = [_build_sides(graph, rank, world) for rank in range(world)]
     assert sum(side.col.numel() for part in parts for side in part) == graph.col.numel()
