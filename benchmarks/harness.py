@@ -69,7 +69,7 @@ class Options:
     min_sample_s: float = 2e-3
     flush_l2: bool = False
     processes: int = 1
-    only: str = ""
+    only: tuple[str, ...] = ()
     json: Path | None = None
 
 
@@ -131,7 +131,7 @@ class Suite:
         if pass_ not in PASSES:
             raise ValueError(f"benchmark: expected a pass of {', '.join(PASSES)}, got {pass_!r}")
         title = f"{name} {pass_} {dtype_name(dtype)}"
-        if self.options.only not in title:
+        if self.options.only and not any(text in title for text in self.options.only):
             return
         print(title, file=sys.stderr, flush=True)
         errors, running = self._compare(title, impls() if callable(impls) else impls, expected)
@@ -292,7 +292,8 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--seconds", type=float, default=math.inf, help=more)
     parser.add_argument("--processes", type=int, default=1, help="run that many times afresh; medians over them")
     parser.add_argument("--flush-l2", action="store_true", help="overwrite 256 MiB before every sample")
-    parser.add_argument("--only", default="", help="cases whose 'name pass dtype' contains this text")
+    only = "cases whose 'name pass dtype' contains this text; may be given several times"
+    parser.add_argument("--only", action="append", default=[], help=only)
     given = parser.parse_args(argv)
     for name in ("threads", "rounds", "processes"):
         value = getattr(given, name)
@@ -311,7 +312,7 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
         min_sample_s=5e-4 if given.quick else 2e-3,
         flush_l2=given.flush_l2,
         processes=given.processes,
-        only=given.only,
+        only=tuple(given.only),
         json=given.json,
     )
 

@@ -109,9 +109,12 @@ def test_failures_of_ours_and_unknown_passes_are_errors(harness: ModuleType) -> 
 
 
 def test_only_and_flush(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    suite = tiny(harness, only="other")
+    suite = tiny(harness, only=("other", "N=17"))
     doubling(suite)
     assert suite.rows == []
+    suite = tiny(harness, only=harness.parse(None, ["--only", "other", "--only", "N=16 fwd"]).only)
+    doubling(suite)
+    assert len(suite.rows) == 3
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda n, **kw: empty(min(n, 8), **kw))  # not 256 MiB
     suite = tiny(harness, flush_l2=True)
@@ -370,7 +373,7 @@ def test_every_propagation_agrees(harness: ModuleType, monkeypatch: pytest.Monke
 def test_nothing_is_built_for_a_case_that_is_left_out(harness: ModuleType) -> None:
     import bench_propagate
 
-    suite = tiny(harness, only="elsewhere")
+    suite = tiny(harness, only=("elsewhere",))
     case = bench_propagate.Case(suite, "toy", 8, lambda: pytest.fail("the graph was loaded"))
     case.propagation()
     case.bf16_storage()
