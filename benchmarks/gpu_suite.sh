@@ -97,7 +97,7 @@ native() {
       definitions+=("-DCOLLM_FAST_HAS_${name^^}")
     done
     # shellcheck disable=SC2086
-    g++ -std=c++20 -O3 -DNDEBUG -fPIC -shared -fvisibility=hidden -ffp-contract=off -I"$root/csrc" $include \
+    g++ -std=c++20 -O3 -DNDEBUG -fPIC -shared -pthread -fvisibility=hidden -ffp-contract=off -I"$root/csrc" $include \
       "${definitions[@]}" '-DCOLLM_FAST_VERSION="gpu-suite"' '-DCOLLM_FAST_TORCH_VERSION="none"' \
       '-DCOLLM_FAST_CUDA_VERSION=""' "${sources[@]}" -o "$site/collm_fast/_C$suffix" || return 1
     echo "built _C$suffix"

@@ -114,14 +114,15 @@ def fit_rows(found: Sequence[dict[str, Any]]) -> list[str]:
 
 def page(result: dict[str, Any]) -> str:
     sizes = result["sizes"]
+    clock = "processor" if result["threads"] == 1 else "wall"
     copy = max(result["ceilings"]["copy_bytes_per_s"].values()) / GB
     lines = [
         "# Growth with the number of edges",
         "",
         f"{result['cpu']}, {result['simd']}, {result['threads']} thread(s), torch {result['versions']['torch']}, "
         f"commit {result['commit'][:12]}; D = {result['D']}, K = {result['K']}; a copy runs at up to {copy:.0f} GB/s. "
-        "Made by `python benchmarks/growth.py`, each size in a process of its own; wall time, medians of up to nine "
-        "calls. The graphs are synthetic: users uniform, items by (rank + 20)^-0.8, 25 edges a user and 40 an item "
+        f"Made by `python benchmarks/growth.py --threads {result['threads']}`, each size in a process of its own; "
+        f"{clock} time, medians of up to nine calls. The graphs are synthetic: users uniform, items by (rank + 20)^-0.8, 25 edges a user and 40 an item "
         "(`benchmarks/graphs.py`); pairs drawn twice count once.",
         "",
         "![Time and memory by edges](growth.png)",
@@ -141,7 +142,8 @@ def page(result: dict[str, Any]) -> str:
         "## Memory",
         "",
         "GB resident at the peak of a stage: the graph, its inputs, its result and its scratch; of `build` what comes "
-        "on top of the ids, the graph included. A training holds the embedding, its gradient and two moments.",
+        "on top of the ids, the graph included. A training holds the embedding, its gradient and two moments, and at "
+        "any size 0.1 GB of drawn batches.",
         "",
         *memory(sizes),
         "## Fits",
