@@ -79,13 +79,13 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         "# LightGCN on Gowalla, by BPR",
         "",
-        f"{result['date']}, {result['cpu']}, {result['simd']}, {result['threads']} thread(s), commit "
+        f"{result['date']}, {result['device']}, {result['simd']}, {result['threads']} thread(s), commit "
         f"{result['commit'][:12]}, torch {result['versions']['torch']}. Made by "
         "`python benchmarks/lightgcn_gowalla.py`.",
         "",
         f"{len(result['history'])} epochs of the 1000 that the published values were trained for, by the authors' "
         f"recipe ({result['recipe']}). Test users: {result['test_users']}. Seconds of an epoch without evaluation: "
-        f"median {np.median(seconds):.1f}, fastest {seconds.min():.1f} (wall time; other work ran on the same cores).",
+        f"median {np.median(seconds):.1f}, fastest {seconds.min():.1f} (wall time, with whatever else the machine did).",
         "",
         f"| epoch | loss | recall@{TOP} | NDCG@{TOP} | precision@{TOP} |",
         "|---|---|---|---|---|",
