@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel ahead of time for sm_90, without a GPU, and says what the code needs.
+"""Compiles a Triton kernel ahead of time, for sm_90 unless told another, without a GPU, and says what the code needs.
 
 Used by the Triton part of tests/ops/test_<family>.py; the kernels themselves are run in the interpreter there, see
 `backends.py`. tests/conftest.py puts this folder on the path: `from triton_aot import compile_for_hopper`.
@@ -42,8 +42,9 @@ def compile_for_hopper(
     *,
     num_warps: int = 4,
     num_stages: int = 3,
+    capability: int = 90,
 ) -> Code:
-    """Triton's compiler for `GPUTarget("cuda", 90, 32)`, then ptxas -v on its PTX.
+    """Triton's compiler for `GPUTarget("cuda", capability, 32)`, then ptxas -v on its PTX.
 
     Args:
         kernel: a `@triton.jit` function (not interpreted: TRITON_INTERPRET must be unset).
@@ -59,12 +60,19 @@ def compile_for_hopper(
     assert not missing, f"no type and no value for {missing}"
     source = ASTSource(fn=kernel, signature=types, constexprs=dict(constants))
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory(prefix="triton_aot_") as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [str(ptxas()), "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        command = [
+            str(ptxas()),
+            "-v",
+            f"-arch=sm_{capability}{'a' if capability >= 90 else ''}",
+            str(path),
+            "-o",
+            str(path.with_suffix(".cubin")),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
