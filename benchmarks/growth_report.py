@@ -122,8 +122,8 @@ def page(result: dict[str, Any]) -> str:
         f"{result['cpu']}, {result['simd']}, {result['threads']} thread(s), torch {result['versions']['torch']}, "
         f"commit {result['commit'][:12]}; D = {result['D']}, K = {result['K']}; a copy runs at up to {copy:.0f} GB/s. "
         f"Made by `python benchmarks/growth.py --threads {result['threads']}`, each size in a process of its own; "
-        f"{clock} time, medians of up to nine calls. The graphs are synthetic: users uniform, items by (rank + 20)^-0.8, 25 edges a user and 40 an item "
-        "(`benchmarks/graphs.py`); pairs drawn twice count once.",
+        f"{clock} time, medians of up to nine calls. The graphs are synthetic: users uniform, items by "
+        "(rank + 20)^-0.8, 25 edges a user and 40 an item (`benchmarks/graphs.py`); pairs drawn twice count once.",
         "",
         "![Time and memory by edges](growth.png)",
         "",
