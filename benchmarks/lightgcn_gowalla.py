@@ -85,7 +85,7 @@ def report(result: dict[str, Any]) -> str:
         "",
         f"{len(result['history'])} epochs of the 1000 that the published values were trained for, by the authors' "
         f"recipe ({result['recipe']}). Test users: {result['test_users']}. Seconds of an epoch without evaluation: "
-        f"median {np.median(seconds):.1f}, fastest {seconds.min():.1f} (wall time, with whatever else the machine did).",
+        f"median {np.median(seconds):.1f}, fastest {seconds.min():.1f} (wall time, beside any other work).",
         "",
         f"| epoch | loss | recall@{TOP} | NDCG@{TOP} | precision@{TOP} |",
         "|---|---|---|---|---|",
