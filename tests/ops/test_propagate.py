@@ -603,15 +603,15 @@ def test_triton_forward_and_gradients_with_rows_in_pieces(D: int, monkeypatch: p
 
     monkeypatch.setattr(kernels, "PIECE", 4)
     monkeypatch.setattr(kernels, "_BLOCK", 64)
-    degree = torch.tensor([0, 1, 7, 8, 9, 11, 12, 40, 3, 0, 0, 16, 2, 100])
+    degree = torch.tensor([0, 1, 7, 8, 11, 12, 0, 33])
     crow = torch.cat((torch.zeros(1, dtype=torch.int64), degree.cumsum(0)))
-    col = torch.randint(0, 14, (int(crow[-1]),), dtype=torch.int32)
-    graph = BipartiteGraph(crow, col, degree.clamp_min(1).float().rsqrt(), 14, 0)
-    seed, rows, records = torch.tensor([5]), torch.tensor([13, 7, 0, 13, 3]), torch.zeros(3, 3, dtype=torch.int64)
+    col = torch.randint(0, 8, (int(crow[-1]),), dtype=torch.int32)
+    graph = BipartiteGraph(crow, col, degree.clamp_min(1).float().rsqrt(), 8, 0)
+    seed, rows, records = torch.tensor([5]), torch.tensor([7, 3, 0, 7, 2]), torch.zeros(3, 3, dtype=torch.int64)
     tensors = (graph.crow, graph.col, graph.inv_sqrt_degree)
-    x, grad = torch.randn(14, D), torch.randn(5, D)
-    spread = torch.zeros(14, D, dtype=torch.float64).index_add(0, rows, grad.double())
-    for layers, p in ((1, 0.0), (2, 0.3), (3, 0.3)):
+    x, grad = torch.randn(8, D), torch.randn(5, D)
+    spread = torch.zeros(8, D, dtype=torch.float64).index_add(0, rows, grad.double())
+    for layers, p in ((1, 0.0), (2, 0.3)):
         expected = reference.lightgcn_propagate(x.double(), graph, layers, dropout_p=p, seed=seed)
         full = kernels.propagate(x, *tensors, layers, None, None, p, seed, records)
         assert float(((full - expected).norm(dim=1) / expected.norm(dim=1)).max()) <= 1e-6
@@ -619,7 +619,7 @@ def test_triton_forward_and_gradients_with_rows_in_pieces(D: int, monkeypatch: p
         back = kernels.propagate_backward(grad, *tensors, layers, None, rows, p, seed, records)
         assert error(back, reference.lightgcn_propagate(spread, graph, layers, dropout_p=p, seed=seed)) <= 1e-6
     assert not records.any()
-    crow[5], crow[9] = 150, -3
+    crow[3], crow[6] = 150, -3
     kernels.propagate(x, *tensors, 2, None, None, 0.0, None, records)
     assert records[1, 0] == 1
 
