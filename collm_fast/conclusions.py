@@ -121,7 +121,7 @@ def stage_drop(record: Mapping[str, Any], row: str) -> str | None:
 def no_gain(record: Mapping[str, Any], row: str) -> str | None:
     """A sentence where training did not raise the validation AUC, else None."""
     stage = record.get(row)
-    if not stage or stage["best_auc"] > stage["first_auc"]:
+    if not stage or stage.get("steps") == 0 or stage["best_auc"] > stage["first_auc"]:
         return None
     return (
         f"Training did not raise the validation AUC of {row_name(row)}: {stage['first_auc']:.3f} before the first "

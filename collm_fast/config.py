@@ -214,6 +214,10 @@ class TrainConfig:
     limit_eval: int | None = None
     max_steps: int | None = None  # caps every stage
     resume: Literal["never", "auto"] = "never"
+    # A run's folder, or one of import-official: stage 1 begins with its adapter, stage 2 stands on it and begins with
+    # its mapper. With evaluate_only no step is taken from there.
+    start: Path | None = None
+    evaluate_only: bool = False
     checkpoint_minutes: float = 5.0
     # The official code leaves LoRA dropout on in stage 2 although LoRA is frozen there.
     stage2_lora_dropout: bool = False

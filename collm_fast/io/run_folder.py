@@ -20,7 +20,7 @@ import yaml
 from collm_fast.io.atomic import write_atomic
 
 # What may differ when a run is resumed: none of it changes a number of a part that is already done.
-FREE_KEYS = ("resume", "checkpoint_minutes", "stage", "ablations", "device", "out")
+FREE_KEYS = ("resume", "evaluate_only", "checkpoint_minutes", "stage", "ablations", "device", "out")
 
 
 class RunFolder:

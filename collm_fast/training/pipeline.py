@@ -46,6 +46,7 @@ from collm_fast.training.stages import (
     statistics,
     with_biases,
 )
+from collm_fast.training.start import begin_adapter, begin_mapper, check_start, only_scored, take_adapter
 from collm_fast.training.subsets import IntArray, choose_rows, given_cf, held_out_of, warn_of_unused
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def run_training(
         return folder
     # Bad input that only shows later leaves no half-written run behind.
     with Stop() as stop, nullcontext() if resume else undone_on_bad_input(config.out):
+        check_start(config)
         dataset = load_dataset(config.data)
         given = given_cf(config, dataset, config.out if resume else None)
         rows = choose_rows(config, dataset, held_out_of(config, given))
@@ -92,6 +94,7 @@ def run_training(
         if config.stage != "cie":
             fresh_lora(base, config.lora, config.seed)
         folder = begin(config, dataset, base, rows, command)
+        take_adapter(config, folder.path)
         if resume:
             say(f"resumed from step {last_step(folder)}")
         with _timed(folder, "collaborative model"):
@@ -111,7 +114,8 @@ def _absolute(config: TrainConfig) -> TrainConfig:
         text if text in names or not Path(text).exists() else str(Path(text).resolve())
         for text in (config.llm, config.cf)
     )
-    return replace(config, data=config.data.resolve(), llm=llm, cf=cf)
+    start = None if config.start is None else config.start.resolve()
+    return replace(config, data=config.data.resolve(), llm=llm, cf=cf, start=start)
 
 
 def wanted_rows(config: TrainConfig) -> list[tuple[str, MapperConfig | None]]:
@@ -195,11 +199,13 @@ def _model(work: Work, mapper_config: MapperConfig | None) -> tuple[CoLLM, Mappe
     config, base = work.config, work.base
     if mapper_config is None:
         set_dropout(base.llm, True)
+        begin_adapter(config, base.llm)
         return base.model("stage1", config), None
     set_dropout(base.llm, config.stage2_lora_dropout)
     stats = statistics(mapper_config, work.dataset, _seen(work))
     cf = with_biases(work.cf)
     mapper = fresh_mapper(mapper_config, cf.dim, base.hidden_size, stats, config.seed)
+    begin_mapper(config, mapper, {"data": work.dataset.fingerprint, "llm": base.fingerprint})
     return base.model("stage2", config, cf, mapper, stats), mapper
 
 
@@ -231,7 +237,8 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
     )
     with _events(folder, row, work.resume) as events:
         options = replace(options, events=events)
-        result = train_stage(model, parameters, train, valid, settings, total, options, work.stop)
+        take_steps = only_scored if config.evaluate_only else train_stage
+        result = take_steps(model, parameters, train, valid, settings, total, options, work.stop)
     if mapper is None:
         save_adapter(base.llm, folder.path / "adapter", config.llm, config.lora)
     else:

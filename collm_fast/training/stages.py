@@ -181,7 +181,8 @@ def load_mapper(path: Path, used_with: dict[str, str] | None = None) -> Mapper:
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"mapper: expected a mapper of collm_fast in {path}, got {error}") from error
     for name, fingerprint_now in (used_with or {}).items():
-        if made_for.get(name) != fingerprint_now:
+        # An imported one does not say what it was trained with.
+        if made_for.get(name, fingerprint_now) != fingerprint_now:
             raise ValueError(f"mapper: expected {path} to be trained with this {name}, got another one's")
     return mapper
 
