@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property, partial
+from typing import TypeVar
 
 import bpr_steps
 import cusparse
@@ -31,6 +32,7 @@ from collm_fast.config import BPRConfig
 from collm_fast.data.sampler import Batch
 from collm_fast.ops import lightgcn_propagate
 
+T = TypeVar("T")
 K = 3
 CONFIG = BPRConfig(num_layers=K)
 # Of the peers with a gradient, those that are timed in every case.
@@ -81,7 +83,7 @@ class Case:
     def cusparse(self, dtype: torch.dtype) -> peers.Propagate:
         return peers.self_adjoint(cusparse.CachedCsr(self.graph, self.D, dtype, self.suite.device).multiply, K)
 
-    def add(self, found: dict[str, peers.Propagate], name: str, make: Callable[[], peers.Propagate]) -> None:
+    def add(self, found: dict[str, T], name: str, make: Callable[[], T]) -> None:
         """A peer, or the sentence why it cannot be built here."""
         try:
             found[name] = make()
@@ -155,7 +157,11 @@ class Case:
         )
 
     def scipy(self) -> dict[str, harness.Impl]:
-        return {"scipy_csr": peers.scipy_csr(self.graph, K, self.x)} if self.suite.device.type == "cpu" else {}
+        if self.suite.device.type != "cpu":
+            return {}
+        found: dict[str, harness.Impl] = {}
+        self.add(found, "scipy_csr", lambda: peers.scipy_csr(self.graph, K, self.x))
+        return found
 
     def bf16_storage(self) -> None:
         """Intermediate layers in bfloat16, against peers in float32 and torch's bfloat16 kernel."""

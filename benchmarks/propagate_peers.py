@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -135,6 +134,8 @@ def pyg(graph: BipartiteGraph, K: int, device: torch.device) -> Propagate:
 
 def scipy_csr(graph: BipartiteGraph, K: int, x: Tensor) -> Callable[[], Tensor]:
     """A call that multiplies with a SciPy CSR matrix and keeps a running sum; forward only, on the CPU."""
+    import scipy.sparse  # not at the top: a GPU needs none of it
+
     parts = (values(graph).numpy(), graph.col.numpy(), graph.crow.numpy())
     matrix = scipy.sparse.csr_array(parts, shape=(graph.num_nodes, graph.num_nodes))
     first: np.ndarray = x.numpy()

@@ -394,7 +394,9 @@ def test_graphs(harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert torch.equal(graphs.load(tiny(harness), "power-law 50k").col, graph.col)
     monkeypatch.setattr(graphs, "DATA", tmp_path)
     assert graphs.available(suite, ["gowalla", "power-law 1M"]) == ["power-law 1M"]
-    assert suite.failures == ["gowalla: no gowalla-lightgcn/train.parquet"]
+    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: None)
+    assert graphs.available(suite, ["ml-1m"]) == []
+    assert suite.failures == ["gowalla: no gowalla-lightgcn/train.parquet", "ml-1m: needs pyarrow"]
 
 
 def test_a_peer_that_is_not_installed_is_named(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,10 +407,13 @@ def test_a_peer_that_is_not_installed_is_named(harness: ModuleType, monkeypatch:
     suite = tiny(harness)
     case = bench_propagate.Case(suite, "toy", 8, lambda: bench_propagate.graphs.power_law(suite, 500))
     assert "pyg_lgconv" not in case.others
-    assert suite.failures == ["toy D=8 pyg_lgconv: needs torch_geometric, which is not installed"]
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    assert case.scipy() == {}
+    pyg, scipy = suite.failures
+    assert pyg == "toy D=8 pyg_lgconv: needs torch_geometric, which is not installed" and "scipy_csr: import" in scipy
     monkeypatch.setattr(bench_propagate, "LARGE", 100)
     case = bench_propagate.Case(suite, "big", 8, lambda: bench_propagate.graphs.power_law(suite, 500))
-    assert set(case.others) == {"naive", "torch_csr", "embedding_bag"} and "big D=8: 0.0 GiB of" in suite.failures[1]
+    assert set(case.others) == {"naive", "torch_csr", "embedding_bag"} and "big D=8: 0.0 GiB of" in suite.failures[2]
 
 
 class FakeCusparse:
