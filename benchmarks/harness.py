@@ -1,8 +1,8 @@
 """Times implementations of one operation side by side and writes the result file.
 
-Here: options, the cases, the order of the samples, the comparison of outputs. Not here: what is timed (the
-neighbouring `bench_<family>.py`), ceilings (`ceilings.py`), table and file (`rows.py`), the machine (`machine.py`),
-the comparison of two result files (`collm_fast/bench_compare.py`). All of it needs torch and NumPy only.
+Here: the cases, the order of the samples, the comparison of outputs. Not here: what is timed (the neighbouring
+`bench_<family>.py`), the command line (`options.py`), ceilings (`ceilings.py`), table and file (`rows.py`), the machine
+(`machine.py`), the comparison of two result files (`collm_fast/bench_compare.py`). It needs torch and NumPy only.
 
 A benchmark is one function that hands over cases, and one line that runs it:
 
@@ -26,7 +26,6 @@ reported, and has no row. Slower results stay in.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import json
@@ -43,6 +42,7 @@ import machine
 import numpy as np
 import torch
 from ceilings import Table, Work, dtype_name, floor_seconds, gather_rate, measure_ceilings, sample
+from options import Options, parse
 from rows import Row, format_table, merge, write_json
 from torch import Tensor
 
@@ -55,22 +55,6 @@ MIN_SAMPLES = 3  # whatever `--seconds` allows, unless one takes longer than twi
 PASSES = ("fwd", "fwd+dx", "fwd+bwd", "step", "eval", "rank")
 # Normwise distance from the float64 result: a few roundings of the dtype, and the growth of a long sum.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line of every benchmark."""
-
-    device: str = "cpu"
-    threads: int = 1
-    quick: bool = False
-    rounds: int = 30
-    seconds: float = math.inf
-    min_sample_s: float = 2e-3
-    flush_l2: bool = False
-    processes: int = 1
-    only: tuple[str, ...] = ()
-    json: Path | None = None
 
 
 @dataclass
@@ -278,43 +262,6 @@ def backward(
         return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, [leaves[i] for i in places], grads)]
 
     return run
-
-
-def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
-    """The options of a command line; exits with 2 for a bad one."""
-    parser = argparse.ArgumentParser(description=(doc or "").strip().split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the result file here")
-    parser.add_argument("--quick", action="store_true", help="few rounds, small ceilings: to see that it runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="processor threads, pinned to as many cores")
-    parser.add_argument("--rounds", type=int, help="samples of each implementation (30; 5 with --quick)")
-    more = "time for the samples of one implementation; at least three, one where a call takes over twice as long"
-    parser.add_argument("--seconds", type=float, default=math.inf, help=more)
-    parser.add_argument("--processes", type=int, default=1, help="run that many times afresh; medians over them")
-    parser.add_argument("--flush-l2", action="store_true", help="overwrite 256 MiB before every sample")
-    only = "cases whose 'name pass dtype' contains this text; may be given several times"
-    parser.add_argument("--only", action="append", default=[], help=only)
-    given = parser.parse_args(argv)
-    for name in ("threads", "rounds", "processes"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}: expected at least 1, got {value}")
-    if not given.seconds > 0:
-        parser.error(f"--seconds: expected more than 0, got {given.seconds}")
-    if given.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device: expected a device of this machine, got {given.device!r}")
-    return Options(
-        device=given.device,
-        threads=given.threads,
-        quick=given.quick,
-        rounds=given.rounds or (5 if given.quick else 30),
-        seconds=given.seconds,
-        min_sample_s=5e-4 if given.quick else 2e-3,
-        flush_l2=given.flush_l2,
-        processes=given.processes,
-        only=tuple(given.only),
-        json=given.json,
-    )
 
 
 def _again(command: Sequence[str], processes: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ CEILINGS = {
 }
 MODULES = (
     "harness",
+    "options",
     "machine",
     "rows",
     "ceilings",
