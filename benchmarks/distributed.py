@@ -31,7 +31,7 @@ import torch.multiprocessing as mp
 from rows import write_json
 from torch import Tensor
 
-from collm_fast import BipartiteGraph, distributed, sharding
+from collm_fast import BipartiteGraph, distributed, exchange, sharding
 from collm_fast.ops import lightgcn_propagate
 
 K = 3
@@ -81,15 +81,15 @@ class Rank:
             timeout=timedelta(minutes=5),
         )
         self.waited = 0.0
-        self._wait = distributed._Chain.wait
+        self._wait = exchange.Chain.wait
 
-        def timed_wait(chain: distributed._Chain) -> Tensor:
+        def timed_wait(chain: exchange.Chain) -> Tensor:
             start = time.perf_counter()
             table = self._wait(chain)
             self.waited += time.perf_counter() - start
             return table
 
-        distributed._Chain.wait = timed_wait  # type: ignore[method-assign]
+        exchange.Chain.wait = timed_wait  # type: ignore[method-assign]
 
     def use(self, cores: list[int]) -> None:
         """One torch thread for each of these cores; every thread of the process stays on them."""

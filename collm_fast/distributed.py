@@ -15,22 +15,20 @@ of one chain travel, the other chain is summed: only the first exchange has noth
     loss = softplus((user * (negative - positive)).sum(1)).sum() / batch_size   # all ranks': their sum
     loss.backward()                                          # every row's gradient arrives at its owner
 
-One layer of one rank is ops/layer.py; all layers on one device are ops/propagate.py. Works on any backend that has
-all_to_all: gloo for CPU tensors, NCCL for CUDA ones. Floor F1.
+What ranks send is exchange.py; one layer of one rank is ops/layer.py; all layers on one device are ops/propagate.py.
+Works on any backend that has all_to_all: gloo for CPU tensors, NCCL for CUDA ones. Floor F1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
-from collm_fast.ops import gather_rows, scatter_rows
+from collm_fast.exchange import Chain, Halo, Request, full_halos, sparse_halos
+from collm_fast.ops import gather_rows
 from collm_fast.ops._arguments import require
 from collm_fast.ops.layer import lightgcn_layer
 from collm_fast.sharding import ITEMS, USERS, ShardedGraph, agree
@@ -58,122 +56,59 @@ def _linear(x: Tensor, apply: Callable[[Tensor], Tensor], adjoint: Callable[[Ten
     return result
 
 
-class _Chain:
-    """The newest table of one of the two chains: [own rows | halo] of one side, whose halo is on its way."""
-
-    def __init__(self, graph: ShardedGraph, side: int, table: Tensor) -> None:
-        part = graph.sides[side]
-        self.side, self.table = side, table
-        # Kept until the exchange is over: a backend may still be reading it.
-        self._sent = table.index_select(0, part.send)
-        halo = table[part.num_rows :]
-        self._work = dist.all_to_all_single(
-            halo, self._sent, part.halo_counts, part.send_counts, group=graph.group, async_op=True
-        )
-
-    def wait(self) -> Tensor:
-        with record_function("sharded_propagate: wait for the halo"):
-            self._work.wait()
-        return self.table
-
-
 def _propagate(
-    x: Tensor, graph: ShardedGraph, num_layers: int, storage: torch.dtype, rows: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    graph: ShardedGraph,
+    num_layers: int,
+    storage: torch.dtype,
+    *,
+    rows: Sequence[Tensor] | None = None,
+    nonzero: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """The result for this rank's rows; `rows`: for those positions of each side only, users before items."""
+    """The result for this rank's rows. rows: for those positions of each side only, users before items; the last layer
+    sums their edges alone. nonzero: x is zero elsewhere; the first layer sends and sums no more than those.
+    """
     sizes = [side.num_rows for side in graph.sides]
     wanted = sizes if rows is None else [part.numel() for part in rows]
     out = x.new_empty(sum(wanted), x.shape[1])
     own, result = x.split(sizes), out.split(wanted)
 
-    def layer(side: int, target: Tensor, table: Tensor | None, last: bool) -> None:
-        part, some = graph.sides[side], rows[side] if last and rows is not None else None
-        mean = 1.0 / (num_layers + 1) if last else None
-        lightgcn_layer(target, table, own[side], part.crow, part.col, part.inv_sqrt_degree, mean=mean, rows=some)
+    def layer(side: int, target: Tensor, chain: Chain | None, last: bool, some: Tensor | None = None) -> None:
+        part, mean = graph.sides[side], 1.0 / (num_layers + 1) if last else None
+        table, slot = (None, None) if chain is None else (chain.table, chain.slot)
+        graph_tensors = part.crow, part.col, part.inv_sqrt_degree
+        lightgcn_layer(target, table, own[side], *graph_tensors, mean=mean, rows=some, slot=slot)
+
+    def last_layer(side: int, chain: Chain | None) -> None:
+        layer(side, result[side], chain, True, None if rows is None else rows[side])
 
     if num_layers == 0:
         for side in (USERS, ITEMS):
-            layer(side, result[side], None, True)
+            last_layer(side, None)
         return out
+    full = full_halos(graph)
     free: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    def start(side: int, table: Tensor | None) -> _Chain:
-        part = graph.sides[side]
-        size = (part.num_rows + part.num_halo, x.shape[1])
-        target = free[side].pop() if free[side] else x.new_empty(size, dtype=storage)
-        layer(side, target[: part.num_rows], table, False)
-        return _Chain(graph, side, target)
+    def next_table(side: int, chain: Chain | None, halo: Halo, some: Tensor | None = None) -> Chain:
+        fits = free[side] and halo is full[side]
+        table = free[side].pop() if fits else x.new_empty(halo.num_rows, x.shape[1], dtype=storage)
+        layer(side, table[: halo.num_own], chain, False, some)
+        return Chain(graph, side, table, halo)
 
-    chains = [start(USERS, None), start(ITEMS, None)]
+    first = full if nonzero is None else sparse_halos(graph, nonzero)
+    chains = [
+        next_table(side, None, first[side], None if nonzero is None else nonzero[side]) for side in (USERS, ITEMS)
+    ]
     for k in range(1, num_layers + 1):
         for number, chain in enumerate(chains):
-            table, side = chain.wait(), 1 - chain.side
+            side, table = 1 - chain.side, chain.wait()
             if k == num_layers:
-                layer(side, result[side], table, True)
+                last_layer(side, chain)
             else:
-                chains[number] = start(side, table)
-            free[chain.side].append(table)
+                chains[number] = next_table(side, chain, full[side])
+            if chain.slot is None:
+                free[chain.side].append(table)
     return out
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """Which rows this rank asks for and which it is asked for.
-
-    Fields:
-        place: [B] int32, where each wanted row lies among the distinct ones.
-        ask_counts, give_counts: [P] distinct rows that come from and go to each rank.
-        give: [sum give_counts] int32, local rows, grouped by the rank that asked.
-    """
-
-    place: Tensor
-    ask_counts: list[int]
-    give_counts: list[int]
-    give: Tensor
-
-    @classmethod
-    def of(cls, graph: ShardedGraph, rows: Tensor) -> _Request:
-        users, items = (torch.tensor(side.bounds, device=rows.device) for side in graph.sides)
-        is_item = rows >= graph.num_users
-        owner_of_user = torch.searchsorted(users[1:], rows, right=True)
-        owner = torch.where(is_item, torch.searchsorted(items[1:], rows, right=True), owner_of_user)
-        distinct, place = torch.unique(owner * graph.num_nodes + rows, return_inverse=True)
-        owner, node = distinct // max(1, graph.num_nodes), distinct % max(1, graph.num_nodes)
-        # A local table holds an owner's users, then its items.
-        at_item = node - items[owner] + (users[owner + 1] - users[owner])
-        local = torch.where(node >= graph.num_users, at_item, node - users[owner])
-        asked = torch.bincount(owner, minlength=graph.world_size)
-        given = torch.empty_like(asked)
-        dist.all_to_all_single(given, asked, group=graph.group)
-        counts = asked.tolist(), given.tolist()
-        give = local.new_empty(sum(counts[1]))
-        dist.all_to_all_single(give, local, counts[1], counts[0], group=graph.group)
-        return cls(place.int(), *counts, give.int())
-
-    def fetch(self, graph: ShardedGraph, table: Tensor) -> Tensor:
-        """[B, D]: the wanted rows of a table that is divided among the ranks, [n, D]."""
-        return self.exchange(graph, gather_rows(table, self.give))
-
-    def fetch_propagated(self, graph: ShardedGraph, x: Tensor, num_layers: int, storage: torch.dtype) -> Tensor:
-        """`fetch` of the propagated table, whose last layer sums the edges of the wanted rows alone."""
-        distinct, place = torch.unique(self.give.long(), return_inverse=True)
-        num_users = graph.sides[USERS].num_rows
-        is_user = distinct < num_users
-        wanted = _propagate(x, graph, num_layers, storage, (distinct[is_user], distinct[~is_user] - num_users))
-        return self.exchange(graph, gather_rows(wanted, place.int()))
-
-    def exchange(self, graph: ShardedGraph, given: Tensor) -> Tensor:
-        """[B, D] from the rows that this rank gives, in the order in which it was asked."""
-        got = given.new_empty(sum(self.ask_counts), given.shape[1])
-        dist.all_to_all_single(got, given, self.ask_counts, self.give_counts, group=graph.group)
-        return gather_rows(got, self.place)
-
-    def give_back(self, graph: ShardedGraph, grad: Tensor) -> Tensor:
-        """The adjoint of `fetch`, [B, D] -> [n, D]: a row sums over its places, on its owner, in one fixed order."""
-        sums = scatter_rows(grad, self.place, sum(self.ask_counts))
-        got = grad.new_empty(sum(self.give_counts), grad.shape[1])
-        dist.all_to_all_single(got, sums, self.give_counts, self.ask_counts, group=graph.group)
-        return scatter_rows(got, self.give, graph.num_local)
 
 
 def _check(
@@ -242,7 +177,8 @@ def sharded_propagate(
         storage_dtype: what intermediate layers are stored and sent in, as in `lightgcn_propagate`; bfloat16 halves
             the traffic at a relative error of about 4e-4.
         rows: [B] int64 nodes of the whole graph, in [0, N), repeats allowed, another B on every rank if need be: return
-            those rows, whoever owns them, without the work for other rows in the last layer.
+            those rows, whoever owns them, without the work for other rows in the last layer, nor (sums and exchange) in
+            the first one backwards.
     Returns: [n, D], or [B, D] with `rows`, in x's dtype. Differentiable in x_local, twice if need be.
     Raises: ValueError on every rank if one has a bad argument, or if D, a dtype or num_layers differ between ranks.
     Source: He et al., LightGCN (arXiv 2002.02126), equations 7 and 8.
@@ -254,12 +190,16 @@ def sharded_propagate(
 
     if rows is None:
         return _linear(x_local, propagate, propagate)
-    request = _Request.of(graph, rows)
-    return _linear(
-        x_local,
-        lambda x: request.fetch_propagated(graph, x, num_layers, storage),
-        lambda grad: propagate(request.give_back(graph, grad)),
-    )
+    request = Request.of(graph, rows)
+    distinct, place = request.distinct(graph)
+
+    def wanted(x: Tensor) -> Tensor:
+        return request.exchange(graph, gather_rows(_propagate(x, graph, num_layers, storage, rows=distinct), place))
+
+    def adjoint(grad: Tensor) -> Tensor:
+        return _propagate(request.give_back(graph, grad), graph, num_layers, storage, nonzero=distinct)
+
+    return _linear(x_local, wanted, adjoint)
 
 
 def sharded_rows(x_local: Tensor, graph: ShardedGraph, rows: Tensor) -> Tensor:
@@ -275,5 +215,5 @@ def sharded_rows(x_local: Tensor, graph: ShardedGraph, rows: Tensor) -> Tensor:
     Raises: ValueError on every rank if one has a bad argument, or if D or the dtype differ between ranks.
     """
     _check("sharded_rows", x_local, graph, rows)
-    request = _Request.of(graph, rows)
+    request = Request.of(graph, rows)
     return _linear(x_local, lambda x: request.fetch(graph, x), lambda grad: request.give_back(graph, grad))

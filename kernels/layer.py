@@ -1,8 +1,8 @@
 """Triton kernel of lightgcn_layer and its launcher: one layer over a rectangular block of the graph.
 
 All layers of a whole graph are propagate.py. Shapes and dtypes were checked by collm_fast/ops/layer.py; values out of
-range are guarded here and reported in `records` ([3, 3] int64 for rows, crow and col: raised, value, limit). Imports
-torch, triton and its neighbour device.py only.
+range are guarded here and reported in `records` ([4, 3] int64 for rows, crow, col and slot: raised, value, limit).
+Imports torch, triton and its neighbour device.py only.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 @triton.jit
 def block_layer_kernel(
-    out, table, x, crow, col, inv_sqrt_degree, rows, records, n, M, nnz, D, x_row, x_column, mean,
-    GATHER: tl.constexpr, RESULT: tl.constexpr, ROWS: tl.constexpr,
+    out, table, x, crow, col, inv_sqrt_degree, rows, slot, records, n, M, R, nnz, D, x_row, x_column, mean,
+    GATHER: tl.constexpr, RESULT: tl.constexpr, ROWS: tl.constexpr, SLOT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_D columns of one row of `out`, BLOCK_E edges at a time, in one fixed order."""
@@ -51,9 +51,16 @@ def block_layer_kernel(
                 report(records + 6, worst, M)
             if lowest < 0:
                 report(records + 6, lowest, M)
+            keep = inside & known
+            if SLOT:
+                source = tl.load(slot + source, mask=keep, other=-1).to(tl.int64)
+                highest = tl.max(tl.where(source >= R, source, -1), axis=0)
+                if highest >= 0:
+                    report(records + 9, highest, R)
+                keep = keep & (source >= 0) & (source < R)
             values = tl.load(
                 table + source[:, None] * D + column[None, :],
-                mask=(inside & known)[:, None] & (column < D)[None, :],
+                mask=keep[:, None] & (column < D)[None, :],
                 other=0.0,
             )
             total += tl.sum(values.to(SUM), axis=0)
@@ -71,9 +78,13 @@ def layer(
     inv_sqrt_degree: Tensor,
     mean: float | None,
     rows: Tensor | None,
+    slot: Tensor | None,
     records: Tensor,
 ) -> None:
-    """Writes `out` ([n, D], or [B, D] with rows [B]) from the table [M, D] of the layer before and x [n, D]."""
+    """Writes `out` ([n, D], or [B, D] with rows [B]) from the table of the layer before and x [n, D].
+
+    The table is [M, D], or [R, D] with slot [M].
+    """
     if out.numel() == 0:
         return
     D = x.shape[1]
@@ -88,8 +99,10 @@ def layer(
             col,
             inv_sqrt_degree,
             crow if rows is None else rows,
+            col if slot is None else slot,
             records,
             x.shape[0],
+            0 if table is None else table.shape[0] if slot is None else slot.shape[0],
             0 if table is None else table.shape[0],
             col.shape[0],
             D,
@@ -98,6 +111,7 @@ def layer(
             GATHER=table is not None,
             RESULT=mean is not None,
             ROWS=rows is not None,
+            SLOT=slot is not None,
             BLOCK_E=16,
             BLOCK_D=block,
             SUM=tl.float64 if x.dtype == torch.float64 else tl.float32,

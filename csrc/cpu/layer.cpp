@@ -44,7 +44,7 @@ void check_type(const char* what, const Tensor& tensor, bool wide) {
 }
 
 void check(const Tensor& out, const std::optional<Tensor>& table, const Tensor& x, const Tensor& crow,
-           const Tensor& col, const Tensor& inv, const std::optional<Tensor>& rows) {
+           const Tensor& col, const Tensor& inv, const std::optional<Tensor>& rows, const std::optional<Tensor>& slot) {
   COLLM_CHECK(x.dim() == 2, kOp, "x of shape [n, D], got ", shape(x));
   const int64_t n = x.size(0), D = x.size(1);
   const bool wide = x.scalar_type() == ScalarType::Double;
@@ -72,6 +72,17 @@ void check(const Tensor& out, const std::optional<Tensor>& table, const Tensor& 
       COLLM_CHECK(row[p] >= 0 && row[p] < n, kOp, "rows in [0, ", n, "), got ", row[p], " at position ", p);
     }
   }
+  if (slot) {
+    COLLM_CHECK(table, kOp, "a table where there are slots, got None");
+    check_tensor("slot", *slot, {slot->numel()}, x);
+    COLLM_CHECK(slot->scalar_type() == ScalarType::Int, kOp, "slot in int32, got ", dtype(*slot));
+    const int32_t* values = static_cast<const int32_t*>(slot->data_ptr());
+    const int64_t end = table->size(0);
+    for (int64_t p = 0; p < slot->numel(); ++p) {
+      COLLM_CHECK(values[p] >= -1 && values[p] < end, kOp, "slot in [-1, ", end, "), got ", values[p], " at position ",
+                  p);
+    }
+  }
   check_tensor("out", out, {count, D}, x);
   const int64_t* start = static_cast<const int64_t*>(crow.data_ptr());
   bool rises = start[0] == 0 && start[n] == col.numel();
@@ -83,12 +94,12 @@ void check(const Tensor& out, const std::optional<Tensor>& table, const Tensor& 
 
 // The table's type decides how it is read; without a table there is nothing to read.
 template <typename S>
-void run(const Graph& graph, const int64_t* rows, int64_t count,
+void run(const Graph& graph, const int64_t* rows, int64_t count, const int32_t* slot,
          LayerCall<std::conditional_t<std::is_same_v<S, double>, double, float>> call) {
   using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
   if (call.table != nullptr) {
     const Plan plan = make_plan(graph, rows, count);
-    Layer<S, A> layer{kernel<S, A>(), graph, plan, call, nullptr, kOp};
+    Layer<S, A> layer{kernel<S, A>(), graph, plan, call, slot, kOp};
     layer.run();
     return;
   }
@@ -100,20 +111,22 @@ void run(const Graph& graph, const int64_t* rows, int64_t count,
 }
 
 void layer(const Tensor& out, std::optional<Tensor> table, const Tensor& x, const Tensor& crow, const Tensor& col,
-           const Tensor& inv, std::optional<double> mean, std::optional<Tensor> rows) {
-  check(out, table, x, crow, col, inv, rows);
+           const Tensor& inv, std::optional<double> mean, std::optional<Tensor> rows, std::optional<Tensor> slot) {
+  check(out, table, x, crow, col, inv, rows, slot);
   const int64_t D = x.size(1), count = out.size(0);
   if (count == 0 || D == 0) {
     return;
   }
   advise_huge_pages(out.data_ptr(), count * D * element_bytes(out.scalar_type()));
   const int64_t* begin = static_cast<const int64_t*>(crow.data_ptr());
-  // `nodes` bounds the columns, and these are rows of the table.
+  // `nodes` bounds the columns, and these are rows of the table, or slots.
   const Graph graph{begin,
                     begin + 1,
                     static_cast<const int32_t*>(col.data_ptr()),
                     static_cast<const float*>(inv.data_ptr()),
-                    table ? table->size(0) : 0,
+                    slot    ? slot->numel()
+                    : table ? table->size(0)
+                            : 0,
                     col.numel()};
   dispatch(table                                   ? table->scalar_type()
            : x.scalar_type() == ScalarType::Double ? ScalarType::Double
@@ -123,6 +136,7 @@ void layer(const Tensor& out, std::optional<Tensor> table, const Tensor& x, cons
              using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
              const Source<A> from{x.data_ptr(), x.scalar_type(), {x.stride(0), x.stride(1)}};
              run<S>(graph, rows ? static_cast<const int64_t*>(rows->data_ptr()) : nullptr, count,
+                    slot ? static_cast<const int32_t*>(slot->data_ptr()) : nullptr,
                     {table ? table->data_ptr() : nullptr, D, graph.inv, from, out.data_ptr(), out.scalar_type(), !mean,
                      A(mean.value_or(1.0)), A(1), 0});
            });

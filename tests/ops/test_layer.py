@@ -100,6 +100,22 @@ def test_forward_of_a_large_hub(dtype: torch.dtype) -> None:
     assert error(out, block.expected(1.0)) <= (5 if pieces else 30) * limit(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_forward_of_slots(dtype: torch.dtype) -> None:
+    """A table without its rows of zeros gives what the whole one does, a hub of several pieces included."""
+    block = Block(dtype, n=12, hub=30 if TRITON else 5000)
+    block.source[::3] = 0
+    block.source[1] = 0
+    held = (block.source != 0).any(1)
+    slot = torch.where(held, held.cumsum(0) - 1, -1).int()
+    table = block.table(dtype)
+    whole = block.run(torch.empty_like(block.x), table, mean=0.5)
+    some = block.run(torch.full_like(block.x, float("nan")), table[held].contiguous(), mean=0.5, slot=slot)
+    assert error(some, whole.double()) <= 5 * limit(dtype)
+    nothing = block.run(torch.full_like(block.x, float("nan")), table[:0], mean=0.5, slot=torch.full_like(slot, -1))
+    assert torch.equal(nothing, 0.5 * block.x)
+
+
 def test_forward_without_a_table_and_of_strided_x() -> None:
     block = Block(torch.float32)
     block.x = torch.stack((block.x, block.x.neg()), dim=2)[:, :, 0]
@@ -144,8 +160,8 @@ def test_opcheck() -> None:
         block.inv_sqrt_degree,
     )
     tests = ("test_schema", "test_faketensor")
-    for mean, rows in ((0.5, None), (None, None)):
-        torch.library.opcheck(torch.ops.collm_fast.lightgcn_layer.default, (*args, mean, rows), test_utils=tests)
+    for mean in (0.5, None):
+        torch.library.opcheck(torch.ops.collm_fast.lightgcn_layer.default, (*args, mean, None, None), test_utils=tests)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +190,12 @@ def test_opcheck() -> None:
         ({"inv_sqrt_degree": torch.zeros(40).double()}, "expected inv_sqrt_degree in float32, got float64"),
         ({"rows": torch.zeros(40, dtype=torch.int32)}, "expected rows in int64, got int32"),
         ({"rows": torch.full((40,), 40)}, r"expected rows in \[0, 40\), got 40 at position 0"),
+        ({"slot": torch.zeros(60, dtype=torch.int64)}, "expected slot in int32, got int64"),
+        ({"slot": torch.full((60,), 60, dtype=torch.int32)}, r"expected slot in \[-1, 60\), got 60 at position 0"),
+        (
+            {"slot": torch.zeros(60, dtype=torch.int32), "table": None},
+            "expected a table where there are slots, got None",
+        ),
         ({"rows": torch.zeros(3, dtype=torch.int64)}, r"expected out of shape \[3, 20\], got \[40, 20\]"),
     ],
 )
@@ -213,7 +235,7 @@ def test_the_backend_is_the_one_asked_for() -> None:
 
 @requires("triton")
 @pytest.mark.parametrize("stored", ["fp32", "bf16"])
-@pytest.mark.parametrize("flags", ["layer", "result of rows", "scale"])
+@pytest.mark.parametrize("flags", ["layer", "result of rows", "scale", "slots"])
 def test_triton_compiles_for_hopper(stored: str, flags: str) -> None:
     if in_child():
         return
@@ -223,9 +245,9 @@ def test_triton_compiles_for_hopper(stored: str, flags: str) -> None:
 
     kinds = {"x": "*fp32", "table": f"*{stored}", "inv_sqrt_degree": "*fp32", "col": "*i32", "mean": "fp32"}
     kinds |= {"out": "*fp32" if flags == "result of rows" else f"*{stored}"}
-    kinds |= dict.fromkeys(("crow", "rows", "records"), "*i64")
-    kinds |= dict.fromkeys(("n", "M", "nnz", "D", "x_row", "x_column"), "i64")
+    kinds |= dict.fromkeys(("crow", "rows", "records"), "*i64") | {"slot": "*i32"}
+    kinds |= dict.fromkeys(("n", "M", "R", "nnz", "D", "x_row", "x_column"), "i64")
     constants: dict[str, Any] = {"GATHER": flags != "scale", "BLOCK_E": 16, "BLOCK_D": 64, "SUM": tl.float32}
-    constants |= dict.fromkeys(("RESULT", "ROWS"), flags == "result of rows")
+    constants |= dict.fromkeys(("RESULT", "ROWS"), flags == "result of rows") | {"SLOT": flags == "slots"}
     code = compile_for_hopper(kernels.block_layer_kernel, kinds, constants)
     assert code.spills == 0 and code.registers <= 128
