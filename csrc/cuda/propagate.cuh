@@ -28,7 +28,7 @@ namespace collm::propagate_cuda {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocks = 3;  // a multiprocessor: 80 registers a thread
-constexpr int kGroup = 64;  // pieces that are added up at a time: a hub of 3 million edges has 23,000
+constexpr int kGroup = 64;  // pieces that are added up at a time: a hub of 3 million edges has 23,000 of 128
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 struct Layer {

@@ -13,6 +13,7 @@ constexpr int64_t kPieceEdges = 128;    // at least; a row is split from twice a
 constexpr int64_t kRowCost = 4;         // a row reads x and crow and writes: about as much as 4 edges
 constexpr int64_t kWindowsPerWarp = 4;  // of a graph too small to fill the GPU many times over
 constexpr int64_t kLeastWindow = 32;
+constexpr int kMostShift = 29;     // the edges of a piece are counted in 32 bits
 constexpr int kScalarColumns = 4;  // columns a lane takes where rows are not whole 16-byte words
 
 struct Machine {
@@ -61,7 +62,7 @@ inline Tiling make_tiling(int64_t rows, int64_t D, int64_t element, const Machin
 inline Schedule make_schedule(int64_t nodes, int64_t nnz, int64_t tiles, int64_t table_bytes, const Machine& machine) {
   const int64_t share = stays_in_cache(table_bytes, machine) ? 1 : 8;
   int shift = 0;
-  while ((int64_t{1} << shift) < kPieceEdges || (shift < 40 && nnz >> shift > nodes / share)) {
+  while ((int64_t{1} << shift) < kPieceEdges || (shift < kMostShift && nnz >> shift > nodes / share)) {
     ++shift;
   }
   const int64_t total = nnz + kRowCost * nodes, shares = machine.warps * kWindowsPerWarp;
