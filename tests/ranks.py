@@ -23,7 +23,7 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any, cast
 
-TIMEOUT = 60.0
+TIMEOUT = 120.0
 
 
 # Plain pickles: torch teaches `Connection.send` to share the memory of tensors, which needs a key in common.

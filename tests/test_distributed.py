@@ -75,6 +75,22 @@ def rank_propagate(
     return out.detach(), grad.detach(), second
 
 
+def rank_bytes(group: Any, graph: BipartiteGraph, num_layers: int) -> tuple[int, int]:
+    """Bytes of halo that this rank sends in one call, and what it says a layer sends, times the layers."""
+    part, counted, send = ShardedGraph.of(graph, group), [0], dist.all_to_all_single
+
+    def count(output: Tensor, input: Tensor, *args: Any, async_op: bool = False, **options: Any) -> Any:
+        counted[0] += input.nbytes if async_op else 0
+        return send(output, input, *args, async_op=async_op, **options)
+
+    dist.all_to_all_single = count
+    try:
+        sharded_propagate(part.shard(table(graph, 8)), part, num_layers, storage_dtype=torch.bfloat16)
+    finally:
+        dist.all_to_all_single = send
+    return counted[0], num_layers * part.bytes_per_layer(8, torch.bfloat16)[0]
+
+
 def rank_rows(
     group: Any, graph: BipartiteGraph, x: Tensor, rows: list[Tensor], weights: list[Tensor], num_layers: int
 ) -> tuple[Tensor, ...]:
@@ -239,6 +255,11 @@ def test_storage(ranks: Ranks, dtype: torch.dtype) -> None:
     out = whole(graph, layout, [part[0] for part in first])
     assert out.dtype == dtype and 0 < error(out, expected) <= allowed
     assert torch.equal(out, whole(graph, layout, [part[0] for part in again]))
+
+
+def test_a_layer_sends_what_it_says(ranks: Ranks) -> None:
+    for sent, said in ranks(3, "rank_bytes", GRAPHS["pairs"], 3):
+        assert sent == said > 0
 
 
 @pytest.mark.parametrize("name", ["pairs", "isolated"])
