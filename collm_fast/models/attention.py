@@ -7,16 +7,37 @@ only reads its `tree` and `branch` vectors. Floor F2.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 NAME = "collm_fast_tree"
 # bfloat16 on a CPU: a tree of so few tokens is faster as one masked product than branch by branch.
 _WHOLE = 320
+
+
+class Piece(NamedTuple):
+    """A tree's shared prefix or one of its branches: `past` tokens whose keys are given, then `own` new ones.
+
+    The last `asked` of the new ones have queries.
+    """
+
+    past: int
+    own: int
+    asked: int
+
+
+class _Call(NamedTuple):
+    """One attention call: the pieces of its queries, and its keys as places in the splits of past and own tokens."""
+
+    pieces: tuple[Piece, ...]
+    keys: tuple[tuple[bool, int], ...]  # (whether it is past, its place in that split), in the order of the axis
+    masked: bool  # more than one branch: needs the mask of its tree
 
 
 class TreePlan:
@@ -27,6 +48,7 @@ class TreePlan:
         branch:     [T] int, -1 in the shared prefix (which comes first in its tree), else the branch.
         per_branch: True: one call for prefix and first branch, one for each further branch (least arithmetic, and so
                     for CPUs). False: one masked call a tree (fewest launches, and so for GPUs).
+    Attributes: trees: the pieces of each tree, its prefix first (of no tokens where a tree has none).
     Raises: ValueError where a tree or a branch is not contiguous, or a prefix token stands behind a branch.
     """
 
@@ -43,38 +65,114 @@ class TreePlan:
             raise ValueError("tree_attention: expected every tree and branch in one contiguous run, got a broken one")
         if (pieces[~first, 1] < 0).any():
             raise ValueError("tree_attention: expected a prefix before the branches of its tree, got one behind them")
-        # trees: a list of piece lengths each, prefix first; its length is 0 where a tree has none.
-        self.trees: list[list[int]] = []
-        for is_first, (_, piece_branch), piece_length in zip(first, pieces.tolist(), length.tolist(), strict=True):
+        self.trees: list[list[Piece]] = []
+        for is_first, (_, piece_branch), size in zip(first, pieces.tolist(), length.tolist(), strict=True):
             if is_first:
-                self.trees.append([] if piece_branch < 0 else [0])
-            self.trees[-1].append(piece_length)
+                self.trees.append([] if piece_branch < 0 else [Piece(0, 0, 0)])
+            self.trees[-1].append(Piece(0, size, size))
         self.per_branch = per_branch
         self._masks: dict[tuple[Any, ...], Tensor] = {}
+        self._calls: dict[int, tuple[list[int], list[int], list[int], list[_Call]]] = {}
 
-    def causal(self, q_length: int, k_length: int, window: int | None, like: Tensor) -> Tensor:
-        """[q, k] additive mask of the last q of k consecutive positions: 0 where visible, -inf elsewhere."""
-        key = (q_length, k_length, window, like.dtype)
+    def _with(self, trees: list[list[Piece]]) -> TreePlan:
+        """Other pieces, the same masks."""
+        other = copy.copy(self)
+        other.trees, other._calls = trees, {}
+        return other
+
+    def answers(self) -> TreePlan:
+        """The same keys, but only the last token of every branch has a query."""
+        return self._with([[p._replace(asked=int(i > 0)) for i, p in enumerate(tree)] for tree in self.trees])
+
+    def split(self, cut: list[list[int]]) -> tuple[TreePlan, TreePlan]:
+        """(head, tail): the first cut[t][j] tokens of piece j of tree t, and the rest, to which these are past.
+
+        Where a prefix is cut before its end its branches must be whole tails: their keys would not be consecutive.
+        """
+        pairs = [list(zip(tree, sizes, strict=True)) for tree, sizes in zip(self.trees, cut, strict=True)]
+        head = self._with([[Piece(0, size, size) for _, size in tree] for tree in pairs])
+        tail = self._with([[Piece(size, p.own - size, p.own - size) for p, size in tree] for tree in pairs])
+        return head, tail
+
+    def ends(self) -> NDArray[np.int64]:
+        """[branches] the place of each branch's last token among the plan's own tokens."""
+        ends = np.cumsum([piece.own for tree in self.trees for piece in tree])
+        is_branch = np.array([j > 0 for tree in self.trees for j in range(len(tree))])
+        places: NDArray[np.int64] = ends[is_branch] - 1
+        return places
+
+    def own_places(self, cut: list[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The places of the tokens of `split`'s head and tail among the plan's own tokens."""
+        own = [piece.own for tree in self.trees for piece in tree]
+        first = [size for sizes in cut for size in sizes]
+        counts = [n for size, total in zip(first, own, strict=True) for n in (size, total - size)]
+        is_head = np.repeat(np.tile([True, False], len(own)), counts)
+        return np.flatnonzero(is_head), np.flatnonzero(~is_head)
+
+    def calls(self, whole_up_to: int) -> tuple[list[int], list[int], list[int], list[_Call]]:
+        """(split of the queries, of the past keys, of the own keys, the calls), the same for every layer."""
+        if whole_up_to not in self._calls:
+            self._calls[whole_up_to] = self._make_calls(whole_up_to)
+        return self._calls[whole_up_to]
+
+    def _make_calls(self, whole_up_to: int) -> tuple[list[int], list[int], list[int], list[_Call]]:
+        queries: list[int] = []
+        sizes: tuple[list[int], list[int]] = ([], [])  # own, past
+        calls: list[_Call] = []
+
+        def keys(pieces: list[Piece]) -> list[tuple[bool, int]]:
+            found = []
+            for past, size in ((past, p[not past]) for p in pieces for past in (True, False)):
+                if size:
+                    found.append((past, len(sizes[past])))
+                    sizes[past].append(size)
+            return found
+
+        for tree in self.trees:
+            asked, total = sum(p.asked for p in tree), sum(p.past + p.own for p in tree)
+            few = asked < len(tree)  # one query a branch: all keys once cost less than the prefix for each branch
+            if len(tree) > 2 and self.per_branch and total > whole_up_to and not few:
+                prefix = keys(tree[:1])
+                for j, piece in enumerate(tree[1:]):
+                    part = (*tree[:1], piece) if j == 0 else (tree[0]._replace(asked=0), piece)
+                    calls.append(_Call(part, (*prefix, *keys([piece])), False))
+            elif any(p.past for p in tree):
+                calls.append(_Call(tuple(tree), tuple(keys(tree)), len(tree) > 2))
+            else:
+                calls.append(_Call(tuple(tree), tuple(keys([Piece(0, total, 0)])), len(tree) > 2))
+        calls = [call for call in calls if any(p.asked for p in call.pieces)]
+        queries = [sum(p.asked for p in call.pieces) for call in calls]
+        return queries, sizes[True], sizes[False], calls
+
+    def mask(self, call: _Call, window: int | None, like: Tensor) -> Tensor | None:
+        """[q, k] additive mask of a call, 0 where visible and -inf elsewhere; None where every query sees every key."""
+        q_length = sum(p.asked for p in call.pieces)
+        k_length = sum(p.past + p.own for p in call.pieces)
+        if not call.masked:
+            window = None if window is None or k_length <= window else window
+            if q_length == 1 and window is None:
+                return None
+        key = (call.pieces if call.masked else (q_length, k_length), window, like.dtype)
         if key not in self._masks:
-            q = torch.arange(k_length - q_length, k_length)[:, None]
-            k = torch.arange(k_length)[None, :]
-            visible = k <= q if window is None else (k <= q) & (k > q - window)
+            if call.masked:
+                visible = _tree_mask(call.pieces, window)
+            else:
+                q, k = torch.arange(k_length - q_length, k_length)[:, None], torch.arange(k_length)[None, :]
+                visible = k <= q if window is None else (k <= q) & (k > q - window)
             self._masks[key] = _additive(visible, like)
         return self._masks[key]
 
-    def whole(self, index: int, window: int | None, like: Tensor) -> Tensor:
-        """[L, L] additive mask of tree `index`."""
-        key = ("tree", index, window, like.dtype)
-        if key not in self._masks:
-            prefix, *branches = self.trees[index]
-            name = torch.cat([torch.full((n,), j - 1) for j, n in enumerate([prefix, *branches])])
-            position = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in branches)])
-            axis = torch.arange(name.numel())
-            visible = (axis[None, :] <= axis[:, None]) & ((name[None, :] < 0) | (name[None, :] == name[:, None]))
-            if window is not None:
-                visible &= position[None, :] > position[:, None] - window
-            self._masks[key] = _additive(visible, like)
-        return self._masks[key]
+
+def _tree_mask(pieces: tuple[Piece, ...], window: int | None) -> Tensor:
+    """[queries, keys] bool of a tree whose keys stand piece by piece."""
+    prefix, *branches = (p.past + p.own for p in pieces)
+    name = torch.cat([torch.full((n,), j - 1) for j, n in enumerate((prefix, *branches))])
+    position = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in branches)])
+    axis = torch.arange(name.numel())
+    ends = np.cumsum([prefix, *branches])
+    rows = torch.cat([torch.arange(end - p.asked, end) for p, end in zip(pieces, ends.tolist(), strict=True)])
+    visible = (axis[None, :] <= rows[:, None]) & ((name[None, :] < 0) | (name[None, :] == name[rows, None]))
+    return visible if window is None else visible & (position[None, :] > position[rows, None] - window)
 
 
 def _additive(visible: Tensor, like: Tensor) -> Tensor:
@@ -85,7 +183,14 @@ def _additive(visible: Tensor, like: Tensor) -> Tensor:
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, *, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: TreePlan,
+    *,
+    scaling: float | None,
+    window: int | None,
+    past: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(q k^T scaling + mask) v along every branch of every tree.
 
@@ -93,50 +198,46 @@ def tree_attention(
     torch's fused kernel take 2 to 4 times as long there at these sizes), everywhere else torch's fused attention.
 
     Args:
-        query: [1, h, T, d]; key, value: [1, h or fewer, T, d] (grouped-query heads), one dtype.
-        plan: the trees of the T tokens. scaling: None is d^-1/2.
+        query: [1, h, Q, d], the plan's asked tokens; key, value: [1, h or fewer, T, d] (grouped-query heads), its own
+            tokens; one dtype.
+        plan: the trees of the tokens. scaling: None is d^-1/2.
         window: tokens see at most this many positions back, themselves included.
-    Returns: [1, h, T, d] in the dtype of query.
+        past: key and value of the plan's past tokens, where it has such.
+    Returns: [1, h, Q, d] in the dtype of query.
     """
     products = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    attend = _products if products else _fused
     repeat = query.shape[1] // key.shape[1]
-    if repeat > 1 and not products:
-        key, value = _repeat_heads(key, repeat), _repeat_heads(value, repeat)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    whole_up_to = _WHOLE if products else 0
-    branched = [plan.per_branch and len(tree) > 2 and sum(tree) > whole_up_to for tree in plan.trees]
+    q_sizes, past_sizes, own_sizes, calls = plan.calls(_WHOLE if products else 0)
 
-    def sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # The last q positions of one sequence of k positions.
-        q_length, k_length = q.shape[2], k.shape[2]
-        limit = None if window is None or k_length <= window else window
-        if q_length == k_length and limit is None and not products:
-            return attend(q, k, v, None, scale)
-        return attend(q, k, v, plan.causal(q_length, k_length, limit, q), scale)
-
-    sizes: list[int] = []
-    for tree, cut in zip(plan.trees, branched, strict=True):
-        sizes += [sum(tree[:2]), *tree[2:]] if cut else [sum(tree)]
     # One split for all pieces: its backward is one concatenation, slices would each pad a full gradient.
-    pieces = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
+    def segments(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return torch.split(x if products or repeat == 1 else _repeat_heads(x, repeat), sizes, dim=2)
+
+    own_k, own_v = segments(key, own_sizes), segments(value, own_sizes)
+    past_k, past_v = ((), ()) if past is None else (segments(x, past_sizes) for x in past)
     out: list[Tensor] = []
-    for index, tree in enumerate(plan.trees):
-        q, k, v = next(pieces)
-        if not branched[index] and len(tree) > 2:
-            out.append(attend(q, k, v, plan.whole(index, window, q), scale))
-            continue
-        out.append(sequence(q, k, v))
-        prefix_k, prefix_v = k[:, :, : tree[0]], v[:, :, : tree[0]]
-        for _ in tree[2:]:
-            q, k, v = next(pieces)
-            out.append(sequence(q, torch.cat((prefix_k, k), dim=2), torch.cat((prefix_v, v), dim=2)))
-    return torch.cat(out, dim=2)
+    for q, call in zip(torch.split(query, q_sizes, dim=2), calls, strict=True):
+        k = _joined([past_k[place] if is_past else own_k[place] for is_past, place in call.keys])
+        v = _joined([past_v[place] if is_past else own_v[place] for is_past, place in call.keys])
+        if products:
+            o = _products(q, k, v, plan.mask(call, window, q), scale)
+        else:
+            o = _fused(q, k, v, plan, call, window, scale)
+        # The order of torch's kernels, and of the layer that reads the result: transposed, it is one block of memory.
+        out.append(o.transpose(1, 2))
+    return _joined(out, dim=1).transpose(1, 2)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Torch's attention; causal without a mask."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+def _joined(parts: list[Tensor], dim: int = 2) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, call: _Call, window: int | None, scale: float) -> Tensor:
+    """Torch's attention; a plain causal sequence goes without a mask."""
+    whole = not call.masked and q.shape[2] == k.shape[2] > 1 and (window is None or k.shape[2] <= window)
+    mask = None if whole else plan.mask(call, window, q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=scale)
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

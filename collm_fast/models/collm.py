@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from collm_fast.config import Loss
 from collm_fast.models.attention import TreePlan, register
+from collm_fast.models.decoder import FAMILIES, Decoder, gradient_free, own_forward
 from collm_fast.models.lora import lora_layers
 from collm_fast.models.mapper import IdStatistics, Mapper
 from collm_fast.ops.inject import embed_inject
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Families whose attention layers pass keywords on and whose head is one linear map of the last hidden state.
-PACKED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _USER, _TARGET = 1, 3
 
 
@@ -46,7 +45,7 @@ class CoLLM(nn.Module):
         cf, mapper: None for text-only prompts; a mapper needs a cf.
         stats: the tables that a `+stats` mapper reads beside the embedding.
     The language model stays in eval mode whatever `train()` says; only mapper and LoRA layers follow it.
-    Families outside `PACKED_FAMILIES` run row by row, padded, through their own forward: same logits, no speed-up.
+    Families outside `FAMILIES` run row by row, padded, through their own forward: same logits, no speed-up.
     Raises: ValueError for ids outside the vocabulary or parts that do not fit together.
     Source: CoLLM (arXiv 2310.19488), sections 4.2 and 4.3.
     """
@@ -76,11 +75,12 @@ class CoLLM(nn.Module):
         self.yes_id, self.no_id = yes_id, no_id
         self._set_tables(cf, mapper, stats)
         family = llm.config.model_type
-        self.packed = family in PACKED_FAMILIES
+        self.packed = family in FAMILIES
         if self.packed:
             llm.set_attn_implementation(register())
+            self.decoder = Decoder.of(llm)
         else:
-            known = ", ".join(PACKED_FAMILIES)
+            known = ", ".join(FAMILIES)
             _log.warning("%s runs padded through its own forward; packed prompts are for %s", family, known)
         self.train(False)
 
@@ -138,17 +138,41 @@ class CoLLM(nn.Module):
         if not self.packed:
             return self._padded(batch)
         plan = TreePlan(batch.tree.cpu().numpy(), batch.branch.cpu().numpy(), per_branch=self.device.type == "cpu")
+        answer, row_index = batch.answer.cpu().numpy(), batch.row_index.cpu().numpy()
+        order = np.argsort(answer)
+        if not np.array_equal(answer[order], plan.ends()):
+            raise ValueError("collm: expected the answer of every row at the end of its branch, got others")
         batch = batch.to(self.device)
-        embeds = embed_inject(batch.token_ids, self.table, self.mapped_rows(batch), batch.row_index)
-        hidden = self.llm.base_model(
-            inputs_embeds=embeds[None],
-            position_ids=batch.position_ids[None],
-            # Any 4-D mask keeps transformers from building its own [T, T] one; the tree attention reads its plan alone.
-            attention_mask=embeds.new_zeros(1, 1, 1, 1),
-            use_cache=False,
-            tree_plan=plan,
-        ).last_hidden_state[0]
-        return self._read(self._answer_logits(hidden[batch.answer]))
+        mapped = self.mapped_rows(batch)
+        if self.decoder is None:
+            embeds = embed_inject(batch.token_ids, self.table, mapped, batch.row_index)
+            hidden = own_forward(self.llm.base_model, embeds, batch.position_ids, plan)[batch.answer]
+            return self._read(self._answer_logits(hidden))
+        cut = gradient_free(plan, row_index) if mapped.requires_grad and self._llm_is_fixed() else None
+        hidden = self._answer_states(self.decoder, batch, mapped, plan, cut)
+        return self._read(self._answer_logits(hidden[torch.from_numpy(np.argsort(order)).to(self.device)]))
+
+    def _answer_states(
+        self, decoder: Decoder, batch: PackedBatch, mapped: Tensor, plan: TreePlan, cut: list[list[int]] | None
+    ) -> Tensor:
+        """[B, H] in packed order. With a cut, the tokens before it have no graph: none depends on the mapper."""
+        cos, sin = decoder.rotary(batch.position_ids, self.table)
+        if cut is None:
+            embeds = embed_inject(batch.token_ids, self.table, mapped, batch.row_index)
+            return decoder.answers(embeds, (cos, sin), plan)
+        head, tail = (torch.from_numpy(place).to(self.device) for place in plan.own_places(cut))
+        head_plan, tail_plan = plan.split(cut)
+        past = decoder.past(self.table[batch.token_ids[head]], (cos[head], sin[head]), head_plan)
+        embeds = embed_inject(batch.token_ids[tail], self.table, mapped, batch.row_index[tail])
+        return decoder.answers(embeds, (cos[tail], sin[tail]), tail_plan, past)
+
+    def _llm_is_fixed(self) -> bool:
+        """Whether nothing in the language model trains or is drawn at random: a prefix then has one value, no gradient.
+
+        With LoRA dropout on in stage 2, as the official code has it, every token keeps the graph and its own mask.
+        """
+        trains = any(parameter.requires_grad for parameter in self.llm.parameters())
+        return not trains and not any(layer.draws for _, layer in lora_layers(self.llm))
 
     def _answer_logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] -> [B, 2] float32: the two answers' logits, from their two rows of the head alone."""

@@ -53,6 +53,11 @@ class LoraLinear(nn.Module):
     def scaling(self) -> float:
         return self.alpha / self.r
 
+    @property
+    def draws(self) -> bool:
+        """Whether a forward draws a dropout mask now."""
+        return self.training and self.dropout_on and self.dropout > 0.0
+
     # Code that inspects a projection (transformers does) finds what an nn.Linear has.
     @property
     def weight(self) -> Tensor:
