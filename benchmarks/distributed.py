@@ -5,7 +5,8 @@ in turn with the divided one, with 1 and (on a CPU) as many threads as there are
 barrier to the last rank's end. Beside it: the same call without its exchanges (`compute_s`), its exchanges alone
 (`exchange_s`), the time that ranks waited in it (`wait_s`, CPU only), and how much of the exchange did not show:
 `hidden` = 1 - (median_s - compute_s) / exchange_s. The pass `step` is the forward and backward of the rows of one BPR
-batch, of which each rank takes a part. Graphs come from a file that every rank maps.
+batch, of which each rank takes a part. `dtype` is what the layers of a float32 call are stored and sent in. Graphs come
+from a file that every rank maps.
 """
 
 from __future__ import annotations
@@ -264,8 +265,8 @@ def rows_of(case: str, dtype: str, ranks: list[dict[str, Any]]) -> list[dict[str
             if f"{pass_} exchange" in samples:
                 parts = {name: samples[f"{pass_} {name}"][:, :, 0].max(0) for name in ("compute", "exchange")}
                 result |= {f"{name}_s": float(np.median(part)) for name, part in parts.items()}
-                shown = samples[key][:, :, 0].max(0) - parts["compute"]
-                result["hidden"] = float(1.0 - np.median(shown) / np.median(parts["exchange"]))
+                shown = np.median(samples[key][:, :, 0].max(0) - parts["compute"]) / np.median(parts["exchange"])
+                result["hidden"] = float(1.0 - shown) if any(result["bytes_per_layer"]) else None
                 result["wait_s"] = float(np.median(samples[key][:, :, 2].max(0)))
         found.append(result)
     return found
@@ -281,7 +282,7 @@ def line(rows: list[dict[str, Any]], ours: dict[str, Any]) -> str:
     ]
     if "hidden" in ours:
         times = ", ".join(f"{name} {ours[f'{name}_s'] * 1e3:.2f}" for name in ("compute", "exchange", "wait"))
-        cells.append(f"{times} ms, {ours['hidden']:.0%} hidden")
+        cells.append(f"{times} ms" + ("" if ours["hidden"] is None else f", {ours['hidden']:.0%} hidden"))
     cells.append(f"{max(ours['bytes_per_layer']) / 1e6:.2f} MB a layer, error {ours['error']:.1e}")
     return " | ".join(cells)
 

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from ranks import Ranks
 from torch import Tensor
 
@@ -433,3 +437,17 @@ def test_cuts() -> None:
     assert _cuts(torch.tensor([100, 1, 1]), [1, 1]) == [0, 1, 3]
     assert _cuts(torch.tensor([1, 1, 100]), [1, 1]) == [0, 2, 3]
     assert _cuts(torch.tensor([], dtype=torch.int64), [1, 1, 1]) == [0, 0, 0, 0]
+
+
+def test_benchmark_runs(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    arguments = ["--ranks", "1", "--graphs", "power-law 2k", "--rounds", "1", "--json", str(path)]
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "distributed.py"), *arguments], check=True)
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["impl"], row["pass"], row["dtype"]) for row in rows} == {
+        (impl, pass_, dtype)
+        for impl in ("ours", "one_process")
+        for pass_ in ("fwd", "fwd+bwd", "step")
+        for dtype in ("float32", "bfloat16")
+    }
+    assert all(row["agrees"] for row in rows if row["impl"] == "ours")
