@@ -24,7 +24,7 @@ Bool = NDArray[np.bool_]
 # What the users of one block, their scores and the working memory of the selection may take.
 _BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 # With so many users at once, putting the items in the order of the native loop costs 1 % of the products.
-_HEIGHT = 2048
+_HEIGHT = 4096
 # Users whose lists are held at once while metrics are summed: 2^20 places.
 _PLACES = 1 << 20
 

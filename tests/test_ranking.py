@@ -125,6 +125,45 @@ def check_against_a_brute_force(case):
             assert astuple(result[cutoff]) == pytest.approx(right_metrics, abs=1e-12, nan_ok=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_users_may_leave_early_and_lose_nothing(path, dtype):
+    """Lengths of items over many powers of two, so that most are never reached; still exact, and so are the ties."""
+    rng = np.random.default_rng(11)
+    user, item = integers(rng, 70, 4).to(dtype), integers(rng, 3000, 4).to(dtype)
+    item *= torch.exp2(torch.from_numpy(rng.integers(-12, 3, (3000, 1)))).to(dtype)
+    user[7], item[::50] = 0, 0
+    seen = some_lists(rng, 70, 3000, 9000)
+    for k in (1, 6, 60):
+        items, _ = top_items(user, item, seen, k)
+        assert items.tolist() == brute_lists(user, item, seen, k)
+
+
+def test_the_bound_is_tight():
+    """Lengths within a factor of two and directions at random: whoever left 5 % too early would lose items."""
+    rng = np.random.default_rng(13)
+    user, item = (torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(n, 3)))) for n in (40, 4000))
+    item *= torch.from_numpy(rng.uniform(0.5, 1, (4000, 1)))
+    items, _ = top_items(user, item, None, 30)
+    assert items.tolist() == brute_lists(user, item, Lists.of([], [], 40), 30)
+
+
+@pytest.mark.parametrize("size", [1e-310, 1e-200, 1e150])
+def test_sizes_at_the_ends_of_the_range(path, size):
+    """Products that vanish tie; lengths whose squares overflow or vanish dismiss nobody too early."""
+    rng = np.random.default_rng(12)
+    user, item = (torch.from_numpy(rng.normal(size=(n, 5)) * size) for n in (20, 2000))
+    for left, right in ((user, item), (user, item / size)):
+        scores = np.zeros((20, 2000))
+        for d in range(5):
+            scores += left[:, d : d + 1].numpy() * right[:, d].numpy()
+        items, found = top_items(left, right, None, 10)
+        assert np.isfinite(found.numpy()).all()
+        if path == "torch" and size < 1e-300:
+            continue  # A matrix product may flush what is below the smallest normal number.
+        right_order = np.argsort(-scores, axis=1, kind="stable")[:, :10]
+        assert np.allclose(np.take_along_axis(scores, right_order, 1), found, rtol=1e-12, atol=1e-320)
+
+
 def test_a_hand_computed_example():
     """Two users of three count. Ranks of user 0 without item 0: 1, 2, 3, 4; of user 2: 4, 3, 2, 1, 0."""
     user = torch.tensor([[1.0], [1.0], [-1.0]])

@@ -2,7 +2,8 @@
 //
 // Its twin in torch, and the checks of what a user passes, are in collm_fast/ranking.py; the loop over D is in
 // ranking_kernel.h. Scores are compared in registers with the last of each user's k best so far, and only those that
-// pass are written: about k ln(I / k) of I.
+// reach it are written: about k ln(I / k) of I. Items pass by the longest first, |u . i| is at most |u| |i|, and so a
+// user leaves once no item left can be long enough.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -11,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
@@ -33,10 +35,11 @@ using Array = py::array_t<T, py::array::c_style>;
 // The tile of one instruction set: `users` users by `items` items.
 template <typename T>
 struct Kernel {
-  bool (*tile)(const T* users, const T* items, int64_t D, const T* threshold, T* scores, uint32_t* above);
+  bool (*tile)(const T* users, const T* items, int64_t D, const T* threshold, T* scores, uint32_t* reached);
   int users, items;
 };
-constexpr int kMaxTile = 12 * 32;
+constexpr int kMaxUsers = 12, kMaxTile = kMaxUsers * 32;
+constexpr int kPanels = 8;  // so many tiles a user, then it is asked who is done
 
 namespace baseline {
 #define COLLM_LANE_BYTES 16
@@ -118,66 +121,130 @@ struct Tables {
   int64_t seen_size;
 };
 
-// Rows first .. first + rows of table [*, D] as [groups, D, width], missing rows as zeros: what a tile reads in order.
+// The items in the order they pass by: the longest embedding first.
+struct Order {
+  std::vector<int32_t> item;
+  std::vector<double> length;
+};
+
+// |x|, with no overflow or underflow on the way.
 template <typename T>
-void pack(const T* table, int64_t first, int64_t rows, int64_t D, int64_t width, T* to) {
-  for (int64_t group = 0; group < rows; group += width) {
-    const int64_t count = std::min(width, rows - group);
+double length(const T* x, int64_t D) {
+  double largest = 0, sum = 0;
+  for (int64_t d = 0; d < D; ++d) {
+    largest = std::max(largest, std::abs(static_cast<double>(x[d])));
+  }
+  for (int64_t d = 0; d < D && largest > 0; ++d) {
+    const double part = x[d] / largest;
+    sum += part * part;
+  }
+  return largest * std::sqrt(sum);
+}
+
+template <typename T>
+Order longest_first(const Tables<T>& tables) {
+  std::vector<double> lengths(tables.items);
+  for (int64_t i = 0; i < tables.items; ++i) {
+    lengths[i] = length(tables.item + i * tables.D, tables.D);
+  }
+  Order order{std::vector<int32_t>(tables.items), std::vector<double>(tables.items)};
+  std::iota(order.item.begin(), order.item.end(), 0);
+  std::stable_sort(order.item.begin(), order.item.end(), [&](int32_t a, int32_t b) { return lengths[a] > lengths[b]; });
+  for (int64_t i = 0; i < tables.items; ++i) {
+    order.length[i] = lengths[order.item[i]];
+  }
+  return order;
+}
+
+// These rows of table [*, D] as [groups, D, width], missing rows as zeros: what a tile reads in order.
+template <typename T>
+void pack(const T* table, const int32_t* rows, int64_t count, int64_t D, int64_t width, T* to) {
+  for (; count > 0; rows += width, count -= width) {
+    const int64_t present = std::min(width, count);
     for (int64_t d = 0; d < D; ++d, to += width) {
-      const T* from = table + (first + group) * D + d;
-      for (int64_t row = 0; row < count; ++row) {
-        to[row] = from[row * D];
+      for (int64_t row = 0; row < present; ++row) {
+        to[row] = table[rows[row] * D + d];
       }
-      std::fill(to + count, to + width, T(0));
+      std::fill(to + present, to + width, T(0));
     }
   }
 }
 
-// The lists of some users, filled while the items pass by in ascending order.
+// Whether an ascending list holds the item. Without branches on what it holds: they would be mispredicted.
+inline bool contains(const int32_t* list, int64_t size, int32_t item) {
+  if (size == 0) {
+    return false;
+  }
+  while (size > 1) {
+    const int64_t half = size / 2;
+    list += list[half] <= item ? half : 0;
+    size -= half;
+  }
+  return *list == item;
+}
+
+// The lists of a block of users while the items pass by, and the places in tiles of those who still need more items.
 template <typename T>
-class Selection {
+class Block {
  public:
-  Selection(const Tables<T>& tables, int64_t k, int64_t height, int64_t width)
+  Block(const Tables<T>& tables, const Kernel<T>& kernel, int64_t k, int64_t height)
       : tables_(tables),
+        kernel_(kernel),
         k_(k),
-        // Room for as many again before the list is cut back to k.
+        // Room for as many again before a list is cut back to k.
         capacity_(std::min(2 * k + 16, std::max(tables.items, k))),
         entries_(height * capacity_),
         count_(height),
-        next_seen_(height),
-        threshold_((height + width - 1) / width * width) {}
+        last_(height),
+        length_(height),
+        packed_((height + kernel.users - 1) / kernel.users * kernel.users * tables.D),
+        threshold_((height + kernel.users - 1) / kernel.users * kernel.users) {}
 
   void start(int64_t first, int64_t users) {
     first_ = first;
-    // A place in a tile that has no user lets nothing pass.
-    std::fill(threshold_.begin(), threshold_.end(), std::numeric_limits<T>::infinity());
-    std::fill_n(threshold_.begin(), users, -std::numeric_limits<T>::infinity());
+    active_.resize(users);
+    std::iota(active_.begin(), active_.end(), 0);
     std::fill(count_.begin(), count_.end(), 0);
-    std::copy_n(tables_.begin + first, users, next_seen_.begin());
+    std::fill(last_.begin(), last_.end(), Entry<T>{-std::numeric_limits<T>::infinity(), INT32_MAX});
+    for (int64_t u = 0; u < users; ++u) {
+      length_[u] = length(tables_.user + (first + u) * tables_.D, tables_.D);
+    }
+    seat();
   }
 
-  const T* threshold(int64_t user) const { return threshold_.data() + user; }
+  // Users whom no item of at most this length can serve any more leave; false once nobody is left. As |u . i| is at
+  // most |u| |i|, this loses nothing; the factor and the last term are more than the rounding of u . i and of the
+  // lengths.
+  bool dismiss(double item_length) {
+    const double D = static_cast<double>(tables_.D);
+    const double factor = item_length * (1 + (2 * D + 8) * std::numeric_limits<T>::epsilon());
+    const double least = D * std::numeric_limits<T>::min();
+    const auto done = [&](int32_t u) { return length_[u] * factor + least < last_[u].score; };
+    const int64_t left = active_.size() - std::count_if(active_.begin(), active_.end(), done);
+    // Moving users costs about two panels of their products.
+    if (left < static_cast<int64_t>(active_.size()) * 7 / 8 || left == 0) {
+      std::erase_if(active_, done);
+      seat();
+    }
+    return left > 0;
+  }
 
-  // Scores of the items first_item, first_item + 1, .. whose bits are set.
-  void add(int64_t user, int64_t first_item, const T* scores, uint32_t above) {
-    const int64_t end = tables_.end[first_ + user];
-    int64_t& next = next_seen_[user];
-    Entry<T>* entries = entries_.data() + user * capacity_;
-    for (; above != 0; above &= above - 1) {
-      const int lane = std::countr_zero(above);
-      const int64_t item = first_item + lane;
-      while (next < end && tables_.seen[next] < item) {
-        ++next;
-      }
-      if (item >= tables_.items || (next < end && tables_.seen[next] == item) || !(scores[lane] > threshold_[user])) {
-        continue;
-      }
-      entries[count_[user]++] = {scores[lane], static_cast<int32_t>(item)};
-      if (count_[user] == capacity_) {
-        // Every later item has a higher id: one that only equals the k-th score does not belong.
-        std::nth_element(entries, entries + k_ - 1, entries + capacity_);
-        threshold_[user] = entries[k_ - 1].score;
-        count_[user] = k_;
+  // The scores of one panel of items with everybody who is left.
+  void pass(const T* packed_items, const int32_t* items, int64_t count) {
+    T scores[kMaxTile];
+    uint32_t reached[kMaxUsers];
+    const int64_t users = active_.size();
+    const uint32_t present = count >= 32 ? ~0u : (1u << count) - 1;
+    for (int64_t place = 0; place < users; place += kernel_.users) {
+      if (kernel_.tile(packed_.data() + place * tables_.D, packed_items, tables_.D, &threshold_[place], scores,
+                       reached)) {
+        for (int64_t row = 0; row < std::min<int64_t>(kernel_.users, users - place); ++row) {
+          if ((reached[row] & present) != 0) {
+            const int32_t user = active_[place + row];
+            add(user, items, scores + row * kernel_.items, reached[row] & present);
+            threshold_[place + row] = last_[user].score;
+          }
+        }
       }
     }
   }
@@ -193,43 +260,66 @@ class Selection {
   }
 
  private:
-  const Tables<T>& tables_;
-  int64_t k_, capacity_, first_ = 0;
-  std::vector<Entry<T>> entries_;
-  std::vector<int64_t> count_, next_seen_;
-  std::vector<T> threshold_;
-};
+  void seat() {
+    pack(tables_.user + first_ * tables_.D, active_.data(), active_.size(), tables_.D, kernel_.users, packed_.data());
+    // A place without a user lets nothing pass.
+    std::fill(threshold_.begin(), threshold_.end(), std::numeric_limits<T>::infinity());
+    for (size_t place = 0; place < active_.size(); ++place) {
+      threshold_[place] = last_[active_[place]].score;
+    }
+  }
 
-// Users [first, last), `height` at a time: their packed rows stay in the cache while all items pass by once.
-template <typename T>
-void rank_users(const Tables<T>& tables, int64_t k, int64_t height, int64_t first, int64_t last, int64_t* items,
-                T* scores) {
-  const Kernel<T> kernel = collm::kernel<T>();
-  const int64_t D = tables.D, blocks = (last - first + height - 1) / height;
-  height = blocks == 0 ? 0 : (last - first + blocks - 1) / blocks;
-  const int64_t groups = (height + kernel.users - 1) / kernel.users;
-  std::vector<T> user(groups * kernel.users * D), item(kernel.items * D);
-  Selection<T> selection(tables, k, height, kernel.users);
-  T tile[kMaxTile];
-  uint32_t above[kMaxTile];
-  for (; first < last; first += height) {
-    const int64_t rows = std::min(height, last - first);
-    pack(tables.user, first, rows, D, kernel.users, user.data());
-    selection.start(first, rows);
-    for (int64_t panel = 0; panel < tables.items; panel += kernel.items) {
-      pack(tables.item, panel, std::min<int64_t>(kernel.items, tables.items - panel), D, kernel.items, item.data());
-      for (int64_t u = 0; u < rows; u += kernel.users) {
-        if (kernel.tile(user.data() + u * D, item.data(), D, selection.threshold(u), tile, above)) {
-          for (int64_t row = 0; row < kernel.users; ++row) {
-            if (above[row] != 0) {
-              selection.add(u + row, panel, tile + row * kernel.items, above[row]);
-            }
-          }
-        }
+  void add(int32_t user, const int32_t* items, const T* scores, uint32_t reached) {
+    const int64_t begin = tables_.begin[first_ + user], size = tables_.end[first_ + user] - begin;
+    Entry<T>* entries = entries_.data() + user * capacity_;
+    for (; reached != 0; reached &= reached - 1) {
+      const int lane = std::countr_zero(reached);
+      const Entry<T> entry{scores[lane], items[lane]};
+      if (!(entry < last_[user]) || contains(tables_.seen + begin, size, entry.item)) {
+        continue;
+      }
+      entries[count_[user]++] = entry;
+      if (count_[user] == capacity_) {
+        std::nth_element(entries, entries + k_ - 1, entries + capacity_);
+        last_[user] = entries[k_ - 1];
+        count_[user] = k_;
       }
     }
+  }
+
+  const Tables<T>& tables_;
+  const Kernel<T>& kernel_;
+  int64_t k_, capacity_, first_ = 0;
+  std::vector<Entry<T>> entries_;
+  std::vector<int64_t> count_;
+  std::vector<Entry<T>> last_;  // what a new item must precede: the k-th of those seen when the list was last cut
+  std::vector<double> length_;
+  std::vector<int32_t> active_;
+  std::vector<T> packed_, threshold_;
+};
+
+// Users [first, last), `height` at a time: their packed rows stay in the cache while the items pass by once.
+template <typename T>
+void rank_users(const Tables<T>& tables, const Order& order, int64_t k, int64_t height, int64_t first, int64_t last,
+                int64_t* items, T* scores) {
+  const Kernel<T> kernel = collm::kernel<T>();
+  const int64_t blocks = (last - first + height - 1) / height;
+  height = blocks == 0 ? 0 : (last - first + blocks - 1) / blocks;
+  std::vector<T> panel(kernel.items * tables.D);
+  Block<T> block(tables, kernel, k, height);
+  for (; first < last; first += height) {
+    const int64_t rows = std::min(height, last - first);
+    block.start(first, rows);
+    for (int64_t i = 0; i < tables.items; i += kernel.items) {
+      if (i % (kPanels * kernel.items) == 0 && !block.dismiss(order.length[i])) {
+        break;
+      }
+      const int64_t count = std::min<int64_t>(kernel.items, tables.items - i);
+      pack(tables.item, order.item.data() + i, count, tables.D, kernel.items, panel.data());
+      block.pass(panel.data(), order.item.data() + i, count);
+    }
     for (int64_t u = 0; u < rows; ++u) {
-      selection.finish(u, items + (first + u) * k, scores + (first + u) * k);
+      block.finish(u, items + (first + u) * k, scores + (first + u) * k);
     }
   }
 }
@@ -259,9 +349,10 @@ py::tuple top_items(const Array<T>& user, const Array<T>& item, const Array<int6
   T* to_scores = scores.mutable_data();
   {
     const py::gil_scoped_release release;
+    const Order order = longest_first(tables);
     // Fewer users than fill a tile are not worth a thread.
     parallel_blocks(tables.users, threads, kMaxTile / 16, [&](int64_t first, int64_t last) {
-      rank_users(tables, k, height, first, last, to_items, to_scores);
+      rank_users(tables, order, k, height, first, last, to_items, to_scores);
     });
   }
   return py::make_tuple(items, scores);

@@ -23,8 +23,8 @@ inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<do
 }
 inline Vector<float> broadcast(float value) { return _mm512_set1_ps(value); }
 inline Vector<double> broadcast(double value) { return _mm512_set1_pd(value); }
-inline uint32_t greater(Vector<float> a, Vector<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-inline uint32_t greater(Vector<double> a, Vector<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
+inline uint32_t reaches(Vector<float> a, Vector<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline uint32_t reaches(Vector<double> a, Vector<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_GE_OQ); }
 #elif COLLM_LANE_BYTES == 32
 constexpr int kUsers = 6;  // 12 sums, 2 vectors of items and a broadcast in 16 registers
 inline Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
@@ -35,11 +35,11 @@ inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<do
 }
 inline Vector<float> broadcast(float value) { return _mm256_set1_ps(value); }
 inline Vector<double> broadcast(double value) { return _mm256_set1_pd(value); }
-inline uint32_t greater(Vector<float> a, Vector<float> b) {
-  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+inline uint32_t reaches(Vector<float> a, Vector<float> b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ));
 }
-inline uint32_t greater(Vector<double> a, Vector<double> b) {
-  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ));
+inline uint32_t reaches(Vector<double> a, Vector<double> b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ));
 }
 #else
 constexpr int kUsers = 4;
@@ -60,19 +60,19 @@ inline Vector<T> broadcast(T value) {
 }
 
 template <typename V>
-inline uint32_t greater(V a, V b) {
+inline uint32_t reaches(V a, V b) {
   uint32_t mask = 0;
   for (size_t lane = 0; lane < sizeof(V) / sizeof(a[0]); ++lane) {
-    mask |= static_cast<uint32_t>(a[lane] > b[lane]) << lane;
+    mask |= static_cast<uint32_t>(a[lane] >= b[lane]) << lane;
   }
   return mask;
 }
 #endif
 
-// Scores of kUsers users with two vectors of items: users [D, kUsers], items [D, 2 lanes]. True if one is above its
-// user's threshold: `scores` [kUsers, 2 lanes] and the bits `above` [kUsers] are written then.
+// Scores of kUsers users with two vectors of items: users [D, kUsers], items [D, 2 lanes]. True if one reaches its
+// user's threshold: `scores` [kUsers, 2 lanes] and the bits `reached` [kUsers] are written then.
 template <typename T>
-bool tile(const T* users, const T* items, int64_t D, const T* threshold, T* scores, uint32_t* above) {
+bool tile(const T* users, const T* items, int64_t D, const T* threshold, T* scores, uint32_t* reached) {
   constexpr int L = Lane<T>::count;
   Vector<T> sum[kUsers][2] = {};
   for (int64_t d = 0; d < D; ++d) {
@@ -90,7 +90,7 @@ bool tile(const T* users, const T* items, int64_t D, const T* threshold, T* scor
 #pragma GCC unroll 16
   for (int u = 0; u < kUsers; ++u) {
     const Vector<T> limit = broadcast(threshold[u]);
-    masks[u] = greater(sum[u][0], limit) | greater(sum[u][1], limit) << L;
+    masks[u] = reaches(sum[u][0], limit) | reaches(sum[u][1], limit) << L;
     any |= masks[u];
   }
   if (any == 0) {
@@ -99,7 +99,7 @@ bool tile(const T* users, const T* items, int64_t D, const T* threshold, T* scor
 #pragma GCC unroll 16
   for (int u = 0; u < kUsers; ++u) {
     __builtin_memcpy(scores + u * 2 * L, sum[u], sizeof(sum[u]));
-    above[u] = masks[u];
+    reached[u] = masks[u];
   }
   return true;
 }
