@@ -84,11 +84,10 @@ class Rank:
         self.waited = 0.0
         self._wait = exchange.Chain.wait
 
-        def timed_wait(chain: exchange.Chain) -> Tensor:
+        def timed_wait(chain: exchange.Chain) -> None:
             start = time.perf_counter()
-            table = self._wait(chain)
+            self._wait(chain)
             self.waited += time.perf_counter() - start
-            return table
 
         exchange.Chain.wait = timed_wait  # type: ignore[method-assign]
 
@@ -215,6 +214,7 @@ def measure(rank: Rank, graph: BipartiteGraph, D: int, storage: torch.dtype) -> 
         "samples": samples,
         "error": float(error[0] / error[1]),
         "bytes_per_layer": part.bytes_per_layer(D, storage),
+        "peak_bytes": {name: machine.peak_bytes(fn, rank.device) for name, fn in divided.items()},
         "nodes": part.num_local,
         "edges": sum(side.col.numel() for side in part.sides),
     }
@@ -261,6 +261,9 @@ def rows_of(case: str, dtype: str, ranks: list[dict[str, Any]]) -> list[dict[str
             error = ranks[0]["error"]
             result |= {"error": error, "agrees": error <= (1e-6 if dtype == "float32" else 1e-3)}
             result["bytes_per_layer"] = [rank["bytes_per_layer"][0] for rank in ranks]
+            # The largest rank's, above what was there before the call, its result included.
+            peaks = [rank["peak_bytes"][pass_] for rank in ranks]
+            result["peak_bytes"] = None if None in peaks else max(peaks)
             result["nodes"], result["edges"] = ([rank[name] for rank in ranks] for name in ("nodes", "edges"))
             if f"{pass_} exchange" in samples:
                 parts = {name: samples[f"{pass_} {name}"][:, :, 0].max(0) for name in ("compute", "exchange")}

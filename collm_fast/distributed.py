@@ -87,6 +87,7 @@ def _propagate(
             last_layer(side, None)
         return out
     full = full_halos(graph)
+    # Tables are used again: the allocator would keep more of them than ever live at once.
     free: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def next_table(side: int, chain: Chain | None, halo: Halo, some: Tensor | None = None) -> Chain:
@@ -101,13 +102,14 @@ def _propagate(
     ]
     for k in range(1, num_layers + 1):
         for number, chain in enumerate(chains):
-            side, table = 1 - chain.side, chain.wait()
+            side = 1 - chain.side
+            chain.wait()
             if k == num_layers:
                 last_layer(side, chain)
             else:
                 chains[number] = next_table(side, chain, full[side])
             if chain.slot is None:
-                free[chain.side].append(table)
+                free[chain.side].append(chain.table)
     return out
 
 
@@ -167,8 +169,7 @@ def sharded_propagate(
 
     Every rank of the group calls it together, and also its backward (the operator is self-adjoint: the same call).
     The bits do not depend on the number of ranks. A layer sends `graph.bytes_per_layer(D, storage)` bytes, and K layers
-    K times that. Scratch: at most three of the four half tables [own rows | halo] that two chains would have, and what
-    is being sent, all in the storage dtype.
+    K times that. Scratch: two tables [own rows | halo] and what is being sent, all in the storage dtype, at any K.
 
     Args:
         x_local: [n, D] this rank's rows (`graph.shard(x)`), float32, bfloat16 or float16 (float64 on the CPU).

@@ -88,11 +88,10 @@ class Chain:
             table[halo.num_own :], self._sent, halo.halo_counts, halo.send_counts, group=graph.group, async_op=True
         )
 
-    def wait(self) -> Tensor:
-        """The whole table."""
+    def wait(self) -> None:
+        """Returns when the table is whole (on a GPU: lets the current stream wait for that)."""
         with record_function("sharded_propagate: wait for the halo"):
             self._work.wait()
-        return self.table
 
 
 @dataclass(frozen=True, eq=False)
