@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import collm_fast
 from collm_fast.config import BPRConfig, CFConfig, PrepareConfig, TrainConfig, from_mapping, nearest
 from collm_fast.io.run_folder import RunFolder
+from collm_fast.official.config import ImportConfig
 from collm_fast.options import available_cpus, parse
 
 
@@ -135,6 +137,20 @@ def _train(config: TrainConfig, command: str) -> None:
     _print_run(run_training(config, command=command, say=print))
 
 
+def _train_official(arguments: Sequence[str], summary: str, command: str) -> None:
+    from collm_fast.official.launch import train_official
+
+    _print_run(train_official(arguments, command=command, summary=summary))
+
+
+def _import_official(config: ImportConfig, command: str) -> None:
+    from collm_fast.io.official import summary_of
+    from collm_fast.official.imports import import_official
+
+    written, unused = import_official(config)
+    print(f"{written}" + (f"; {len(unused)} tensors not used: {summary_of(unused, 20)}" if unused else ""))
+
+
 def _print_run(folder: RunFolder) -> None:
     from collm_fast.report import console_text
 
@@ -218,17 +234,15 @@ COMMANDS: dict[str, tuple[str, tuple[type[Any], ...], Callable[..., None]]] = {
     "prepare": ("turn raw ratings into a dataset folder", (PrepareConfig,), _prepare),
     "fit-cf": ("fit a collaborative model", (FitPlace, CFConfig), _fit_cf),
     "fit-lightgcn": ("LightGCN on any user-item pairs: recommendations", (FitPairsPlace, BPRConfig), _fit_lightgcn),
-    "train": ("train CoLLM: collaborative model, stage 1, stage 2, test scores, report", (TrainConfig,), _train),
+    "train": ("train CoLLM: collaborative model, stages, scores, report (also --cfg-path)", (TrainConfig,), _train),
     "evaluate": ("score a run's rows of a split again", (EvaluateConfig,), _evaluate),
     "predict": ("P(yes) for a file of user-item pairs", (PredictConfig,), _predict),
     "rank": ("the best of some candidates for some users", (RankConfig,), _rank),
     "ablate": ("further stage 2 trainings of a finished run", (AblateConfig,), _ablate),
+    "import-official": ("weights of the official CoLLM code", (ImportConfig,), _import_official),
     "env": ("versions, devices, and which implementation each op uses", (EnvConfig,), _env),
 }
-OTHERS = {
-    "bench": "run a benchmark of a checkout, or compare two result files",
-    "import-official": "read weights of the official CoLLM (a later version)",
-}
+OTHERS = {"bench": "run a benchmark of a checkout, or compare two result files"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,17 +279,27 @@ def _run(arguments: list[str]) -> int:
         from collm_fast.bench import run_bench
 
         return run_bench(rest)
-    if name == "import-official":
-        raise ValueError("import-official: expected a command of this version, got one that a later version brings")
     if name not in COMMANDS:
         raise ValueError(f"expected a command, got {name!r}{nearest(name, [*COMMANDS, *OTHERS])}")
-    if name == "train" and any(argument.split("=")[0] == "--cfg-path" for argument in rest):
-        raise ValueError("train: expected --config FILE.yaml, got --cfg-path, which a later version brings")
+    _one_process(name)
     summary, classes, function = COMMANDS[name]
+    command = shlex.join(["collm-fast", *arguments])
+    if name == "train" and any(argument.split("=")[0] == "--cfg-path" for argument in rest):
+        _use_available_cpus()
+        _train_official(rest, summary, command)
+        return 0
     configs = parse(name, summary, classes, rest)
     _use_available_cpus()
-    function(*configs, command=shlex.join(["collm-fast", *arguments]))
+    function(*configs, command=command)
     return 0
+
+
+def _one_process(name: str) -> None:
+    """Several processes of torchrun would each write the same files."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if name != "env" and processes != "1":
+        rule = "one process (torchrun --nproc-per-node 1, or no torchrun), as several GPUs are not there yet"
+        raise ValueError(f"{name}: expected {rule}, got WORLD_SIZE {processes}")
 
 
 def _usage() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ HELP = {
     "cf": "mf|lightgcn (fitted first), or the folder that fit-cf wrote",
     "checkpoint_minutes": "a checkpoint at least this often",
     "cie_rows": "stage 2 trains on all rows, or on those the collaborative model did not see",
+    "ckpt": "a .pth file of the official code",
     "collaborative.held_out": "fraction of each user's train rows that the collaborative model does not see",
     "data": "dataset folder, as prepare writes it",
     "dtype": "precision of the frozen language model",
@@ -29,6 +31,7 @@ HELP = {
     "inputs": "what further mappers read beside the embedding",
     "items": "a CSV or Parquet file of item titles (source table)",
     "json": "print JSON",
+    "kind": "what to take from it",
     "limit_eval": "test rows: whole users until this many are reached",
     "limit_train": "train rows of a stage: whole (user, history) groups until this many are reached",
     "limit_valid": "validation rows, as --limit-eval, which it defaults to",
@@ -59,8 +62,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{self.prog.removeprefix('collm-fast ')}: {message}")
 
 
-def parse(command: str, summary: str, classes: Sequence[type[Any]], arguments: Sequence[str]) -> list[Any]:
-    """The configurations of a command from its options and `--config` files; later ones win.
+def parse(
+    command: str,
+    summary: str,
+    classes: Sequence[type[Any]],
+    arguments: Sequence[str],
+    beneath: Mapping[str, Any] | None = None,
+) -> list[Any]:
+    """The configurations of a command from its options and `--config` files; later ones win, `beneath` comes first.
 
     Raises: ValueError for an unknown key (naming the nearest), a bad value or a file that is no YAML mapping.
     """
@@ -83,7 +92,7 @@ def parse(command: str, summary: str, classes: Sequence[type[Any]], arguments: S
     if unknown:
         flag = unknown[0].split("=")[0]
         raise ValueError(f"{command}: expected a known option, got {flag!r}{nearest(flag, flags)}")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = copy.deepcopy(dict(beneath or {}))
     for path in found.config:
         _merge(values, read_yaml(Path(path)))
     del found.config

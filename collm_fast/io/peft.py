@@ -60,8 +60,13 @@ def save_adapter(model: nn.Module, folder: str | Path, base_name: str, config: L
     Returns: the folder.
     Raises: ValueError for a model without LoRA layers.
     """
-    folder = Path(folder)
     tensors = {key: p.detach().cpu().contiguous() for key, p in _adapter_tensors(model, "save_adapter").items()}
+    return write_adapter(tensors, folder, base_name, config)
+
+
+def write_adapter(tensors: dict[str, Tensor], folder: str | Path, base_name: str, config: LoraConfig) -> Path:
+    """Writes LoRA matrices, by PEFT's keys, as `save_adapter` does those of a model; returns the folder."""
+    folder = Path(folder)
     # PEFT writes an integral alpha as an integer.
     alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     settings = _PLAIN | {

@@ -219,8 +219,8 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
     )
     model, mapper = _model(work, mapper_config)
     parameters = set_trainable(model, "lora" if mapper is None else "cie")
-    total = total_steps(settings, len(train.label), config.max_steps)
-    if settings.warmup_steps > total // 10:
+    total = 0 if config.evaluate_only else total_steps(settings, len(train.label), config.max_steps)
+    if total and settings.warmup_steps > total // 10:
         logger.info("%s: warm-up over %d steps, a tenth of all, not %d", row, total // 10, settings.warmup_steps)
     logger.info("%s: %d steps over %d prompts, %d validation rows", row, total, len(train.label), len(valid.label))
     options = LoopOptions(

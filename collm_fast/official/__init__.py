@@ -1,0 +1,1 @@
+"""For users of the official CoLLM code: configurations (fields.py, launch.py), checkpoints (imports.py). Floor F4."""
