@@ -1,9 +1,10 @@
 """Times full-ranking evaluation: recall, NDCG and precision at 20 of every user over all items not seen in training.
 
-Embeddings are random; the interactions are those of Gowalla (../shared/data, or COLLM_FAST_TEST_DATA, has them) and a
-synthetic set. Peers: `naive`, the procedure of LightGCN-PyTorch (batches of 100 users, Python lists for the mask and
-for the hits), and `topk`, torch alone without Python loops (blocks of 256 users, scores masked by index, torch.topk).
-The floor is the matrix product of users and items at the speed of torch's own.
+Embeddings are random and of nearly equal length, the worst case: no user leaves early. The interactions are those of
+Gowalla (../shared/data, or COLLM_FAST_TEST_DATA, has them) and a synthetic set. Peers: `naive`, the procedure of
+LightGCN-PyTorch (batches of 100 users, Python lists for the mask and for the hits), and `topk`, torch alone without
+Python loops (blocks of 256 users, scores masked by index, torch.topk). The floor is the matrix product of users and
+items at the speed of torch's own.
 """
 
 from __future__ import annotations
