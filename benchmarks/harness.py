@@ -33,6 +33,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,10 +119,10 @@ class Suite:
         if self.options.only and not any(text in title for text in self.options.only):
             return
         print(title, file=sys.stderr, flush=True)
-        errors, running = self._compare(title, impls() if callable(impls) else impls, expected)
+        errors, running, first = self._compare(title, impls() if callable(impls) else impls, expected)
         work = work() if callable(work) else work
         rate = self._gather_rate(work)
-        wall, cpu = self._times(running)
+        wall, cpu = self._times(running, first)
         limit = TOLERANCE[dtype] if tolerance is None else tolerance
         floor = None if work is None else floor_seconds(work, self.ceilings, dtype)
         for impl, fn in running.items():
@@ -155,23 +156,30 @@ class Suite:
             rates[name] = gather_rate(work.table, self.device, quick=self.options.quick)
         return rates[name]
 
-    def _compare(self, title: str, impls: Impls, expected: Impl) -> tuple[dict[str, float], dict[str, Impl]]:
-        """Runs each once: its distance from what is expected, and those that run at all."""
+    def _compare(
+        self, title: str, impls: Impls, expected: Impl
+    ) -> tuple[dict[str, float], dict[str, Impl], dict[str, float]]:
+        """Runs each once: its distance from what is expected, those that run at all, and the seconds it took."""
         truth = [t.detach().double() for t in _listed(expected())]
-        errors, running = {}, {}
+        errors, running, seconds = {}, {}, {}
         for impl, fn in impls.items():
+            begin = time.perf_counter()
             try:
                 errors[impl], running[impl] = distance(_listed(fn()), truth), fn
             except (RuntimeError, ValueError, TypeError, ImportError) as error:
                 if impl == "ours":
                     raise
                 self.failures.append(f"{title} {impl}: {str(error).splitlines()[0]}")
-        return errors, running
+            seconds[impl] = time.perf_counter() - begin
+        return errors, running, seconds
 
-    def _times(self, impls: Impls) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-        """Seconds of one call, wall and processor, [rounds] each; the order rotates so that no one is always first."""
+    def _times(self, impls: Impls, first: Mapping[str, float]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Seconds of one call, wall and processor, of each sample; the order rotates so that no one is always first.
+
+        Args: first: how long the call took that was compared.
+        """
         flush = torch.empty(256 << 20, dtype=torch.uint8, device=self.device) if self.options.flush_l2 else None
-        seconds = {name: self._warm_up(fn) for name, fn in impls.items()}
+        seconds = {name: self._warm_up(fn, first[name]) for name, fn in impls.items()}
         least = 0.0 if flush is not None else self.options.min_sample_s
         repeats = {name: max(1, min(1000, math.ceil(least / call))) for name, call in seconds.items()}
         samples = {name: self._samples(repeats[name] * call) for name, call in seconds.items()}
@@ -203,8 +211,10 @@ class Suite:
         allowed = min(self.options.seconds / seconds, 1e6)
         return min(self.options.rounds, max(least, int(allowed)))
 
-    def _warm_up(self, fn: Impl) -> float:
-        """Seconds of one call, after a few where they are short; each has run once before, to be compared."""
+    def _warm_up(self, fn: Impl, first: float) -> float:
+        """Seconds of one call, after a few where they are short; a first call of a second was enough of a warm-up."""
+        if first > 1.0 and self.device.type == "cpu":
+            return first
         seconds = sample(fn, 1, self.device)[0]
         if seconds < 0.05:
             sample(fn, 2, self.device)

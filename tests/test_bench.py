@@ -189,15 +189,16 @@ def test_slow_implementations_have_fewer_samples_spread_over_the_turns(
 ) -> None:
     suite, calls = harness.Suite(harness.Options(rounds=12, min_sample_s=0.0, seconds=6.0)), []
     seconds = {"fast": 0.5, "slow": 1.5, "slower": 10.0, "slowest": 100.0}
-    monkeypatch.setattr(suite, "_warm_up", lambda fn: seconds[fn()])
+    monkeypatch.setattr(suite, "_warm_up", lambda fn, first: first)
     monkeypatch.setattr(harness, "sample", lambda fn, *more: (calls.append(fn()), (1.0, 2.0))[1])
-    wall, cpu = suite._times({name: lambda name=name: name for name in seconds})
+    wall, cpu = suite._times({name: lambda name=name: name for name in seconds}, seconds)
     assert {name: len(times) for name, times in wall.items()} == {"fast": 12, "slow": 4, "slower": 3, "slowest": 1}
     assert cpu["slower"] == [2.0] * 3
     places = [i for i, name in enumerate(calls) if name == "slower"]
     assert all(calls[one:two].count("fast") >= 3 for one, two in itertools.pairwise(places))
     suite = harness.Suite(harness.Options(rounds=2, min_sample_s=0.0))
     assert suite._samples(1e9) == 2 and suite._samples(1e-9) == 2
+    assert suite._warm_up(lambda: pytest.fail("called again"), 1.5) == 1.5
 
 
 def test_what_is_drawn_after_reseed_depends_on_the_name_alone(harness: ModuleType) -> None:
