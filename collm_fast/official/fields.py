@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from collm_fast.data.templates import FORBIDDEN
@@ -239,7 +240,7 @@ class _Planner:
         if value in (None, "", "not_have"):
             self.note(name, value, absent, always=name == "model.ckpt")
         else:
-            self.plan.paths[name] = str(value)
+            self.plan.paths[name] = str(Path(str(value)).expanduser())
             self.note(name, value, what)
 
     def _paths(self, evaluate: bool) -> None:
@@ -271,6 +272,9 @@ class _Planner:
             # Never what ends the stage: max_steps does.
             self.plan.put(f"{self.stage}.epochs", epochs * every * (self._number("run.batch_size_train") or 1))
             self.note("run.max_epoch", epochs, f"{self.stage}.max_steps: {epochs * every} (times iters_per_epoch)")
+        elif epochs:
+            self.plan.put(f"{self.stage}.epochs", epochs)
+            self.note("run.max_epoch", epochs, f"{self.stage}.epochs")
         self.take("run.max_epoch")
         for name, value in TRAINER.items():
             self.plan.put(f"{self.stage}.{name}", value)
@@ -307,7 +311,8 @@ class _Planner:
             value = self.take(name)
             if general in RENAMED:
                 key = RENAMED[general].format(stage=self.stage)
-                self.plan.put(key, value)
+                if value is not None:
+                    self.plan.put(key, value)
                 self.note(name, value, key)
             else:
                 self.note(name, value, f"ignored: {IGNORED.get(general, 'no meaning here')}")

@@ -84,8 +84,8 @@ def train_official(
     prompt = _prompt_file(values["model"].get("prompt_path"), given.cfg_path)
     plan = plan_of(values, prompt.read_text(encoding="utf-8") if prompt else "")
     _place(plan, prompt)
-    planned = dict(plan.values)
-    (config,) = parse("train", summary, (TrainConfig,), given.rest, planned)
+    with _by_field(plan):
+        (config,) = parse("train", summary, (TrainConfig,), given.rest, plan.values)
     if config.resume == "auto" and str(config.out) == plan.values["out"] and RESUME not in plan.paths:
         raise ValueError(f"resume: expected --out FOLDER or --options {RESUME}=FOLDER with it, got neither")
     listing = f"{given.cfg_path}, field by field:\n{plan.text()}\n"
@@ -109,6 +109,18 @@ def _named(name: str, prefix: str = "ckpt: ") -> Iterator[None]:
         if not str(error).startswith(prefix):
             raise
         raise _wrong(name, str(error).removeprefix(prefix)) from error
+
+
+@contextmanager
+def _by_field(plan: Plan) -> Iterator[None]:
+    """A bad value of one of our keys is one of the field that became it."""
+    try:
+        yield
+    except ValueError as error:
+        for name, _, key in plan.done:
+            if str(error).startswith(f"{key}: "):
+                raise ValueError(f"{name} ({key}){str(error).removeprefix(key)}") from error
+        raise
 
 
 def _wrong(name: str, text: str) -> ValueError:
@@ -172,10 +184,11 @@ def _check_paths(plan: Plan, config: TrainConfig) -> State:
         raise _wrong(LLM, f"expected a model's folder, a FILE.gguf or a hub name, got {config.llm}, which is not there")
     first = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not first.is_dir() or not os.access(first, os.W_OK):
-        raise _wrong(OUTPUT, f"expected a folder to write into, got {out.parent}")
+        raise _of(plan, "out", OUTPUT, f"expected a folder to write into, got {out.parent}", config)
     if not config.data.is_dir():
-        name = next(name for name in plan.paths if name.startswith("datasets.")) if plan.paths else "datasets"
-        raise _wrong(name, f"expected the folder of the published files, got {config.data}, which is not there")
+        name = next((name for name in plan.paths if name.startswith("datasets.")), "datasets.movie_ood.path")
+        text = f"expected the folder of the published files, got {config.data}, which is not there"
+        raise _of(plan, "data", name, text, config)
     if config.cf == plan.kind and PRETRAINED in plan.paths and not Path(plan.paths[PRETRAINED]).exists():
         text = f"expected a .pth of the official code or a folder of fit-cf, got {plan.paths[PRETRAINED]}, which is not"
         raise _wrong(PRETRAINED, f"{text} there (not_have: {plan.kind} is fitted first)")
@@ -193,6 +206,12 @@ def _check_paths(plan: Plan, config: TrainConfig) -> State:
         state = read_official(path)
         _require_mapper(config, bool(mapper_of(state)[0]), str(path))
     return state
+
+
+def _of(plan: Plan, key: str, name: str, text: str, config: TrainConfig) -> ValueError:
+    """A bad path of the field `name`, or of our own key where an option set that."""
+    own = Path(plan.values[key]) != getattr(config, key)
+    return ValueError(f"{key}: {text}") if own else _wrong(name, text)
 
 
 def _require_mapper(config: TrainConfig, there: bool, got: str) -> None:
