@@ -59,8 +59,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         "where they are used. Building takes about "
         f"{short(largest['stages']['build']['seconds'] * EDGES / largest['edges'])} at the rate of the largest size.",
         "",
-        f"A layer moves, and takes at the rate that the forward gathered at with {largest['edges']:,} edges here "
-        f"({', '.join(f'{gb(rate)} GB/s in {name}' for name, rate in rates.items())}; that table was out of every "
+        f"A layer moves, and takes at the rate that the forward gathered at with {largest['edges']:,} edges here, "
+        f"{result['threads']} thread(s) ({', '.join(f'{gb(rate)} GB/s in {name}' for name, rate in rates.items())}; that table was out of every "
         f"cache as well), or at {HBM / 1e12:.0f} TB/s, an H100's memory:",
         "",
         *table(
