@@ -60,8 +60,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{short(largest['stages']['build']['seconds'] * EDGES / largest['edges'])} at the rate of the largest size.",
         "",
         f"A layer moves, and takes at the rate that the forward gathered at with {largest['edges']:,} edges here, "
-        f"{result['threads']} thread(s) ({', '.join(f'{gb(rate)} GB/s in {name}' for name, rate in rates.items())}; that table was out of every "
-        f"cache as well), or at {HBM / 1e12:.0f} TB/s, an H100's memory:",
+        f"{result['threads']} thread(s) ({gb(rates['float32'])} GB/s in float32, {gb(rates['bfloat16'])} GB/s in "
+        f"bfloat16; that table was out of every cache as well), or at {HBM / 1e12:.0f} TB/s, an H100's memory:",
         "",
         *table(
             ["layers in", "gathered GB", "streamed GB", "a layer here", f"{K} layers here", f"{K} layers at 3 TB/s"],

@@ -151,9 +151,9 @@ def page(result: dict[str, Any]) -> str:
         "## Fits",
         "",
         "value = c edges^exponent, least squares of the logarithms over the sizes that are trained. A step propagates "
-        "over the whole graph and an epoch has edges / batch steps: at one batch size an epoch grows with the square. Where "
-        "the tables outgrow the caches within these sizes, the exponent of the time is above that of the work, and does "
-        "not hold beyond them: compare the last column.",
+        "over the whole graph and an epoch has edges / batch steps: at one batch size an epoch grows with the square. "
+        "Where the tables outgrow the caches within these sizes, the exponent of the time is above that of the work, "
+        "and does not hold beyond them: compare the last column.",
         "",
         *fit_rows(result["fits"]),
         *growth_plan.lines(result),
