@@ -222,6 +222,9 @@ class TrainConfig:
     # The official code leaves LoRA dropout on in stage 2 although LoRA is frozen there.
     stage2_lora_dropout: bool = False
     tokens_per_batch: int = 8192  # evaluation: packed tokens a forward
+    # Stage 2: keys and values of the text before the user's row, kept across steps and evaluations. Pays where most of
+    # these prefixes fit (the fixed validation rows, small training sets); each is then run by itself the first time.
+    kv_cache_gb: float = 0.0
     trust_remote_code: bool = False
     ablations: tuple[MapperInput, ...] = ()  # further stage 2 runs, each a row `stage2+...` of the table
     collaborative: CFConfig = field(default_factory=CFConfig)
@@ -238,6 +241,7 @@ class TrainConfig:
         _require_seed(self.seed)
         _require(self.checkpoint_minutes >= 0, "checkpoint_minutes", "at least 0", self.checkpoint_minutes)
         _require(self.tokens_per_batch >= 1, "tokens_per_batch", "at least 1", self.tokens_per_batch)
+        _require(0 <= self.kv_cache_gb < float("inf"), "kv_cache_gb", "at least 0", self.kv_cache_gb)
         # A fitted model brings its own held-out fraction; run.py checks that one.
         _require(
             self.cie_rows == "all" or self.collaborative.held_out > 0 or self.cf not in get_args(CFName),

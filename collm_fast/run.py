@@ -127,6 +127,7 @@ class Run:
         if (adapter / "adapter_config.json").is_file():
             add_lora(base.llm, read_adapter_config(adapter))
             load_adapter(base.llm, adapter)
+        base.llm.requires_grad_(False)
         return base
 
     def model(self, row: str | None = None) -> CoLLM:

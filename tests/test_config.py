@@ -66,6 +66,7 @@ def test_text_values_take_the_declared_type():
         ({"lora": {"alpha": 0}}, "lora.alpha: expected above 0, got 0.0"),
         ({"mapper": {"tokens_per_id": 256}}, "mapper.tokens_per_id: expected in [1, 255], got 256"),
         ({"tokens_per_batch": 0}, "tokens_per_batch: expected at least 1, got 0"),
+        ({"kv_cache_gb": -0.5}, "kv_cache_gb: expected at least 0, got -0.5"),
         ({"checkpoint_minutes": -1}, "checkpoint_minutes: expected at least 0, got -1.0"),
         ({"seed": -1}, "seed: expected in [0, 2^63), got -1"),
         ({"collaborative": {"seed": 2**63}}, "collaborative.seed: expected in [0, 2^63), got 9223372036854775808"),

@@ -94,6 +94,10 @@ class TreePlan:
         tail = self._with([[Piece(size, p.own - size, p.own - size) for p, size in tree] for tree in pairs])
         return head, tail
 
+    def only(self, index: int) -> TreePlan:
+        """One of the trees."""
+        return self._with([self.trees[index]])
+
     def ends(self) -> NDArray[np.int64]:
         """[branches] the place of each branch's last token among the plan's own tokens."""
         ends = np.cumsum([piece.own for tree in self.trees for piece in tree])

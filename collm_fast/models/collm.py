@@ -19,6 +19,7 @@ from collm_fast.models.attention import TreePlan, register
 from collm_fast.models.decoder import FAMILIES, Decoder, gradient_free, own_forward
 from collm_fast.models.lora import lora_layers
 from collm_fast.models.mapper import IdStatistics, Mapper
+from collm_fast.models.prefix_cache import PrefixCache, cached_past
 from collm_fast.ops.inject import embed_inject
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class CoLLM(nn.Module):
         yes_id, no_id: the answers' vocabulary ids (`answer_ids`). loss: which logit is read.
         cf, mapper: None for text-only prompts; a mapper needs a cf.
         stats: the tables that a `+stats` mapper reads beside the embedding.
+        kv_cache_gb: keeps keys and values of prefixes of fixed text (before the first injected row) in so many GiB,
+            while nothing in the language model trains; 0: none. A prefix is then run by itself where it is not found.
     The language model stays in eval mode whatever `train()` says; only mapper and LoRA layers follow it.
     Families outside `FAMILIES` run row by row, padded, through their own forward: same logits, no speed-up.
     Raises: ValueError for ids outside the vocabulary or parts that do not fit together.
@@ -63,6 +66,7 @@ class CoLLM(nn.Module):
         cf: CFModel | None = None,
         mapper: Mapper | None = None,
         stats: IdStatistics | None = None,
+        kv_cache_gb: float = 0.0,
     ) -> None:
         super().__init__()
         vocabulary, self.H = llm.get_input_embeddings().weight.shape
@@ -71,6 +75,9 @@ class CoLLM(nn.Module):
                 raise ValueError(f"collm: expected {name} in [0, {vocabulary}), got {token}")
         if loss not in ("yes", "yes-no"):
             raise ValueError(f"collm: expected loss yes or yes-no, got {loss!r}")
+        if not 0 <= kv_cache_gb < float("inf"):
+            raise ValueError(f"collm: expected kv_cache_gb of at least 0, got {kv_cache_gb}")
+        self.prefixes = PrefixCache(int(kv_cache_gb * 2**30)) if kv_cache_gb else None
         self.llm, self.mapper, self.loss = llm, mapper, loss
         self.yes_id, self.no_id = yes_id, no_id
         self._set_tables(cf, mapper, stats)
@@ -142,28 +149,45 @@ class CoLLM(nn.Module):
         order = np.argsort(answer)
         if not np.array_equal(answer[order], plan.ends()):
             raise ValueError("collm: expected the answer of every row at the end of its branch, got others")
-        batch = batch.to(self.device)
-        mapped = self.mapped_rows(batch)
+        moved = batch.to(self.device)
+        mapped = self.mapped_rows(moved)
         if self.decoder is None:
-            embeds = embed_inject(batch.token_ids, self.table, mapped, batch.row_index)
-            hidden = own_forward(self.llm.base_model, embeds, batch.position_ids, plan)[batch.answer]
+            embeds = embed_inject(moved.token_ids, self.table, mapped, moved.row_index)
+            hidden = own_forward(self.llm.base_model, embeds, moved.position_ids, plan)[moved.answer]
             return self._read(self._answer_logits(hidden))
-        cut = gradient_free(plan, row_index) if mapped.requires_grad and self._llm_is_fixed() else None
-        hidden = self._answer_states(self.decoder, batch, mapped, plan, cut)
+        graph = torch.is_grad_enabled() and mapped.requires_grad
+        cut, cache = None, self.prefixes if self.decoder.fixed_positions else None
+        if (graph or cache is not None) and self._llm_is_fixed():
+            cut = gradient_free(plan, row_index, branches=graph)
+        if cut is None:
+            embeds = embed_inject(moved.token_ids, self.table, mapped, moved.row_index)
+            hidden = self.decoder.answers(embeds, self.decoder.rotary(moved.position_ids, self.table), plan)
+        else:
+            hidden = self._behind_prefixes(self.decoder, batch, moved, mapped, plan, cut, cache)
         return self._read(self._answer_logits(hidden[torch.from_numpy(np.argsort(order)).to(self.device)]))
 
-    def _answer_states(
-        self, decoder: Decoder, batch: PackedBatch, mapped: Tensor, plan: TreePlan, cut: list[list[int]] | None
+    def _behind_prefixes(
+        self,
+        decoder: Decoder,
+        batch: PackedBatch,
+        moved: PackedBatch,
+        mapped: Tensor,
+        plan: TreePlan,
+        cut: list[list[int]],
+        cache: PrefixCache | None,
     ) -> Tensor:
-        """[B, H] in packed order. With a cut, the tokens before it have no graph: none depends on the mapper."""
-        cos, sin = decoder.rotary(batch.position_ids, self.table)
-        if cut is None:
-            embeds = embed_inject(batch.token_ids, self.table, mapped, batch.row_index)
-            return decoder.answers(embeds, (cos, sin), plan)
-        head, tail = (torch.from_numpy(place).to(self.device) for place in plan.own_places(cut))
+        """`decoder.answers` with the tokens before the cut run without a graph, or found in the cache."""
+        cos, sin = decoder.rotary(moved.position_ids, self.table)
+        places = plan.own_places(cut)
+        head, tail = (torch.from_numpy(place).to(self.device) for place in places)
         head_plan, tail_plan = plan.split(cut)
-        past = decoder.past(self.table[batch.token_ids[head]], (cos[head], sin[head]), head_plan)
-        embeds = embed_inject(batch.token_ids[tail], self.table, mapped, batch.row_index[tail])
+        before, at = self.table[moved.token_ids[head]], (cos[head], sin[head])
+        if cache is None:
+            past = decoder.past(before, at, head_plan)
+        else:
+            cache.check(self.llm)
+            past = cached_past(cache, decoder, batch.token_ids.cpu().numpy()[places[0]], before, at, head_plan)
+        embeds = embed_inject(moved.token_ids[tail], self.table, mapped, moved.row_index[tail])
         return decoder.answers(embeds, (cos[tail], sin[tail]), tail_plan, past)
 
     def _llm_is_fixed(self) -> bool:

@@ -45,6 +45,8 @@ class Decoder:
         self.base = llm.base_model
         # Mistral keeps its window in the configuration, for all layers; the others in each layer that has one.
         every = llm.config.sliding_window if llm.config.model_type == "mistral" else None
+        # Positions whose frequencies depend on how long the batch is: a key then is not its prefix's alone.
+        self.fixed_positions = getattr(self.base.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
         self.windows = [every or getattr(layer.self_attn, "sliding_window", None) for layer in self.base.layers]
 
     @classmethod
@@ -210,10 +212,10 @@ def _heads(attention: Any, x: Tensor, norm: str | None, rotary: Rotary | None) -
     return x.transpose(0, 1)[None]
 
 
-def gradient_free(plan: TreePlan, row_index: NDArray[np.int32]) -> list[list[int]] | None:
+def gradient_free(plan: TreePlan, row_index: NDArray[np.int32], *, branches: bool = True) -> list[list[int]] | None:
     """How many tokens of each piece stand before the first injected row of their path; None where no token does.
 
-    The last token of a branch is never counted: its output is read.
+    The last token of a branch is never counted: its output is read. branches=False counts in shared prefixes alone.
     """
     sizes = np.array([piece.own for tree in plan.trees for piece in tree])
     ends = np.cumsum(sizes)
@@ -222,9 +224,9 @@ def gradient_free(plan: TreePlan, row_index: NDArray[np.int32]) -> list[list[int
     free = (np.minimum(injected[np.searchsorted(injected, starts)], ends) - starts).tolist()
     cut, at = [], 0
     for tree in plan.trees:
-        prefix, *branches = free[at : at + len(tree)]
+        prefix, *rest = free[at : at + len(tree)]
         at += len(tree)
-        if prefix < tree[0].own:
-            branches = [0] * len(branches)
-        cut.append([prefix, *(min(n, piece.own - 1) for n, piece in zip(branches, tree[1:], strict=True))])
+        if prefix < tree[0].own or not branches:
+            rest = [0] * len(rest)
+        cut.append([prefix, *(min(n, piece.own - 1) for n, piece in zip(rest, tree[1:], strict=True))])
     return cut if any(map(any, cut)) else None

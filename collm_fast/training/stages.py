@@ -92,7 +92,11 @@ class Base:
         yes, no = self.answers[stage]
         if stage == "stage1":
             cf = mapper = stats = None
-        model = CoLLM(self.llm, yes_id=yes, no_id=no, loss=config.loss, cf=cf, mapper=mapper, stats=stats)
+        # In stage 1 the language model changes with every step: no prefix keeps its values.
+        kept = 0.0 if mapper is None else config.kv_cache_gb
+        model = CoLLM(
+            self.llm, yes_id=yes, no_id=no, loss=config.loss, cf=cf, mapper=mapper, stats=stats, kv_cache_gb=kept
+        )
         return model.to(self.device)
 
     @property

@@ -1,0 +1,133 @@
+"""Keys and values of prompt prefixes, kept across steps and evaluations within a budget of bytes.
+
+Only prefixes whose values no gradient and no dropout reaches belong here; `CoLLM` sees to that, and `decoder.py`
+computes them. Floor F2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collm_fast.models.attention import TreePlan
+from collm_fast.models.decoder import Decoder, Past, Rotary
+
+# A kept prefix gives way only to one that is met more than this many times as often: an epoch that meets all prefixes
+# equally often then displaces none, where keeping the latest would never find one again.
+_OFTENER = 2
+
+
+class PrefixCache:
+    """A pinned set of prefixes: the first that fit, later those met most often, which save most tokens for their bytes.
+
+    Args: max_bytes: of all kept keys and values together, in the dtype and on the device they are computed in.
+    An entry is keyed by the prefix's token ids; all are dropped once a parameter of the language model has changed.
+    Raises: ValueError for a negative budget.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"prefix_cache: expected a budget of at least 0 bytes, got {max_bytes}")
+        self.max_bytes, self.bytes = max_bytes, 0
+        self.tokens_met = self.tokens_saved = 0
+        self._kept: dict[bytes, Tensor] = {}
+        self._met: dict[bytes, int] = {}
+        self._seldom: list[tuple[int, bytes]] = []  # a heap of (times met, at least, key) of what is kept
+        self._stamp: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def check(self, llm: Any) -> None:
+        """Drop everything unless every parameter is where it was and nothing was written to it since."""
+        stamp = [(parameter.data_ptr(), parameter._version) for parameter in llm.parameters()]
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self.clear()
+
+    def clear(self) -> None:
+        """Forget all prefixes."""
+        self._kept.clear()
+        self._met.clear()
+        self._seldom.clear()
+        self.bytes = 0
+
+    def get(self, token_ids: NDArray[np.int64]) -> Tensor | None:
+        """The keys and values of a prefix, if they are kept; counts the meeting."""
+        key = _key(token_ids)
+        self._met[key] = self._met.get(key, 0) + 1
+        found = self._kept.get(key)
+        self.tokens_met += len(token_ids)
+        self.tokens_saved += 0 if found is None else len(token_ids)
+        return found
+
+    def put(self, token_ids: NDArray[np.int64], values: Tensor) -> None:
+        """Keep a prefix that `get` did not find, if there is room or it is met often enough to displace others."""
+        key, size = _key(token_ids), values.numel() * values.element_size()
+        if key in self._kept or size > self.max_bytes:
+            return
+        displaced: list[bytes] = []
+        room = self.max_bytes - self.bytes
+        while room < size and self._seldom:
+            _, candidate = heapq.heappop(self._seldom)
+            displaced.append(candidate)
+            if self._met[key] <= _OFTENER * self._met[candidate]:
+                break
+            room += _bytes(self._kept[candidate])
+        if room < size:
+            for candidate in displaced:
+                heapq.heappush(self._seldom, (self._met[candidate], candidate))
+            return
+        for candidate in displaced:
+            self.bytes -= _bytes(self._kept.pop(candidate))
+        self._kept[key] = values
+        self.bytes += size
+        heapq.heappush(self._seldom, (self._met[key], key))
+
+
+def _key(token_ids: NDArray[np.int64]) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(token_ids, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+
+def _bytes(values: Tensor) -> int:
+    return values.numel() * values.element_size()
+
+
+def cached_past(
+    cache: PrefixCache,
+    decoder: Decoder,
+    token_ids: NDArray[np.int64],
+    embeds: Tensor,
+    rotary: Rotary,
+    plan: TreePlan,
+) -> Past:
+    """`decoder.past`, with the trees that are one prefix without branches taken from the cache or left there.
+
+    Every tree is run by itself, so that its bits do not depend on which others were found: a run that is resumed with
+    an empty cache ends like one that was not.
+    """
+    parts: list[Tensor] = []
+    start = 0
+    for index, tree in enumerate(plan.trees):
+        length = sum(piece.own for piece in tree)
+        part = slice(start, start + length)
+        start += length
+        if length == 0:
+            continue
+        plain = tree[0].own == length
+        values = cache.get(token_ids[part]) if plain else None
+        if values is None:
+            places = rotary[0][part], rotary[1][part]
+            layers = decoder.past(embeds[part], places, plan.only(index))
+            values = torch.stack([torch.cat(layer) for layer in layers])
+            if plain:
+                cache.put(token_ids[part], values)
+        parts.append(values)
+    whole = torch.cat(parts, dim=3)  # [layers, 2, h, T, d]
+    return [(layer[:1], layer[1:]) for layer in whole]
