@@ -4,20 +4,21 @@ It starts its own ranks, one on each core (gloo) or GPU (NCCL, --device cuda); r
 in turn with the divided one, with 1 and (on a CPU) as many threads as there are ranks. A divided call counts from a
 barrier to the last rank's end. Beside it: the same call without its exchanges (`compute_s`), its exchanges alone
 (`exchange_s`), the time that ranks waited in it (`wait_s`, CPU only), and how much of the exchange did not show:
-`hidden` = 1 - (median_s - compute_s) / exchange_s. The pass `step` is the forward and backward of the rows of one BPR
-batch, of which each rank takes a part. `dtype` is what the layers of a float32 call are stored and sent in. Graphs come
-from a file that every rank maps.
+`hidden` = 1 - (median_s - compute_s) / exchange_s. `link`, CPU only: the same call, sums and all, over a network of 10
+Gbit/s that is only a clock (link.py). The pass `step` is the forward and backward of the rows of one BPR batch, of
+which each rank takes a part. `dtype` is what the layers of a float32 call are stored and sent in. Graphs come from a
+file that every rank maps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from link import Link
 from rows import write_json
 from torch import Tensor
 
@@ -37,32 +39,14 @@ from collm_fast.ops import lightgcn_propagate
 
 K = 3
 BATCH = 2048
+# Bytes a second each way of a network of 10 Gbit/s.
+SPEED = 1.25e9
 # What the layers are stored and sent in.
 STORAGE = (torch.float32, torch.bfloat16)
 
 
-class _Done:
-    """An exchange that did not take place."""
-
-    def wait(self) -> None: ...
-
-
-@contextmanager
-def without_exchange() -> Iterator[None]:
-    """Inside, no halo is sent: layers read whatever lies there. The small messages that come first still travel."""
-    send = dist.all_to_all_single
-
-    def only_small(*args: Any, async_op: bool = False, **options: Any) -> Any:
-        return _Done() if async_op else send(*args, **options)
-
-    dist.all_to_all_single = only_small
-    # What lies there may be subnormal numbers, which are slow to add.
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        dist.all_to_all_single = send
-        torch.set_flush_denormal(False)
+def _threads() -> set[int]:
+    return {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
 
 
 class Rank:
@@ -70,7 +54,7 @@ class Rank:
 
     def __init__(self, rank: int, options: argparse.Namespace, folder: Path) -> None:
         self.rank, self.options, self.folder = rank, options, folder
-        self.device = torch.device("cpu")
+        self.device, self.pool = torch.device("cpu"), list[int]()
         if options.device == "cuda":
             self.device = torch.device("cuda", rank)
             torch.cuda.set_device(self.device)
@@ -95,10 +79,16 @@ class Rank:
         exchange.Chain.wait = timed_wait  # type: ignore[method-assign]
 
     def use(self, cores: list[int]) -> None:
-        """One torch thread for each of these cores; every thread of the process stays on them."""
+        """One torch thread on each of these cores; every other thread of the process on the first."""
+        before = _threads()
         torch.set_num_threads(len(cores))
-        for thread in Path("/proc/self/task").iterdir():
-            os.sched_setaffinity(int(thread.name), cores)
+        if len(cores) > 1:
+            torch.ones(1 << 20).sum()  # starts the pool's threads, once
+            self.pool += sorted(_threads() - before)
+        for thread in _threads() - set(self.pool):
+            os.sched_setaffinity(thread, cores[:1])
+        for thread, core in zip(self.pool, cores[1:] or cores * len(self.pool), strict=True):
+            os.sched_setaffinity(thread, [core])
 
     def sample(self, fn: Callable[[], object]) -> tuple[float, float, float]:
         """(wall, processor, waited) seconds of one call, from a moment when all ranks are ready."""
@@ -206,12 +196,13 @@ def measure(rank: Rank, graph: BipartiteGraph, D: int, storage: torch.dtype) -> 
         found = {}
         for name, layers in (("fwd", K), ("fwd+bwd", 2 * K), ("step", 0)):
             found[f"{name} ours"] = rank.sample(divided[name])
+            if layers:
+                for label, speed in (("compute", math.inf), ("link", SPEED))[: 2 if rank.device.type == "cpu" else 1]:
+                    with Link(speed).carrying():
+                        found[f"{name} {label}"] = rank.sample(divided[name])
+                found[f"{name} exchange"] = rank.sample(exchanges(part, storage, D, layers))
             for threads in rank.thread_counts():
                 found[f"{name} one_process x{threads}"] = rank.alone(whole.get(name, int), threads)
-            if layers:
-                with without_exchange():
-                    found[f"{name} compute"] = rank.sample(divided[name])
-                found[f"{name} exchange"] = rank.sample(exchanges(part, storage, D, layers))
         if turn >= 2:  # the first two warm up
             for key, value in found.items():
                 samples.setdefault(key, []).append(value)
@@ -253,29 +244,47 @@ def row(case: str, impl: str, pass_: str, dtype: str, threads: int, samples: np.
     }
 
 
+def parts_of(pass_: str, samples: dict[str, np.ndarray], ours: dict[str, Any]) -> dict[str, Any]:
+    """What the time of a divided call is made of; nothing for a pass whose exchanges were not timed alone."""
+    if f"{pass_} exchange" not in samples:
+        return {}
+    wall = {key: float(np.median(values[:, :, 0].max(0))) for key, values in samples.items()}
+    whole, compute, exchange = (wall[f"{pass_} {name}"] for name in ("ours", "compute", "exchange"))
+    waited = float(np.median(samples[f"{pass_} ours"][:, :, 2].max(0)))
+    parts: dict[str, Any] = {
+        "compute_s": compute,
+        "exchange_s": exchange,
+        "wait_s": waited,
+        "hidden": None,
+        "link": None,
+    }
+    alone = {"fwd": K, "fwd+bwd": 2 * K}[pass_] * max(ours["bytes_per_layer"]) / SPEED
+    if alone:
+        parts["hidden"] = 1.0 - (whole - compute) / exchange
+    if alone and f"{pass_} link" in wall:
+        linked = wall[f"{pass_} link"]
+        parts["link"] = {"median_s": linked, "exchange_s": alone, "hidden": 1.0 - (linked - compute) / alone}
+    return parts
+
+
 def rows_of(case: str, dtype: str, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The result rows of one measurement, from what each rank brought back."""
     samples = {key: np.array([rank["samples"][key] for rank in ranks]) for key in ranks[0]["samples"]}
     found = []
     for key in samples:
         pass_, impl, *threads = key.split()
-        if impl in ("compute", "exchange"):
+        if impl in ("compute", "link", "exchange"):
             continue
         result = row(case, impl, pass_, dtype, int(threads[0][1:]) if threads else len(ranks), samples[key])
         if impl == "ours":
             error = ranks[0]["error"]
             result |= {"error": error, "agrees": error <= (1e-6 if dtype == "float32" else 1e-3)}
-            result["bytes_per_layer"] = [rank["bytes_per_layer"][0] for rank in ranks]
             # The largest rank's, above what was there before the call, its result included.
             peaks = [rank["peak_bytes"][pass_] for rank in ranks]
             result["peak_bytes"] = None if None in peaks else max(peaks)
+            result["bytes_per_layer"] = [max(rank["bytes_per_layer"]) for rank in ranks]
             result["nodes"], result["edges"] = ([rank[name] for rank in ranks] for name in ("nodes", "edges"))
-            if f"{pass_} exchange" in samples:
-                parts = {name: samples[f"{pass_} {name}"][:, :, 0].max(0) for name in ("compute", "exchange")}
-                result |= {f"{name}_s": float(np.median(part)) for name, part in parts.items()}
-                shown = np.median(samples[key][:, :, 0].max(0) - parts["compute"]) / np.median(parts["exchange"])
-                result["hidden"] = float(1.0 - shown) if any(result["bytes_per_layer"]) else None
-                result["wait_s"] = float(np.median(samples[key][:, :, 2].max(0)))
+            result |= parts_of(pass_, samples, result)
         found.append(result)
     return found
 
@@ -291,6 +300,9 @@ def line(rows: list[dict[str, Any]], ours: dict[str, Any]) -> str:
     if "hidden" in ours:
         times = ", ".join(f"{name} {ours[f'{name}_s'] * 1e3:.2f}" for name in ("compute", "exchange", "wait"))
         cells.append(f"{times} ms" + ("" if ours["hidden"] is None else f", {ours['hidden']:.0%} hidden"))
+    if ours.get("link"):
+        whole, alone, hidden = (ours["link"][name] for name in ("median_s", "exchange_s", "hidden"))
+        cells.append(f"10 Gbit/s: {whole * 1e3:.2f} ms with {alone * 1e3:.2f} of exchange, {hidden:.0%} hidden")
     cells.append(f"{max(ours['bytes_per_layer']) / 1e6:.2f} MB a layer, error {ours['error']:.1e}")
     return " | ".join(cells)
 
