@@ -173,6 +173,7 @@ def _cuts(cost: Tensor, wanted: Sequence[int]) -> list[int]:
 
 
 def _build_sides(graph: BipartiteGraph, rank: int, world: int) -> tuple[Side, Side]:
+    require(graph.crow.device.type == "cpu", "ShardedGraph", "a graph on the CPU", f"one on {graph.crow.device}")
     cost = graph.crow.diff() + _ROW_COST
     users, items = cost[: graph.num_users], cost[graph.num_users :]
     item_cuts = _cuts(items, [1] * world)

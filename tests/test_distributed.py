@@ -428,6 +428,11 @@ def test_a_hub_takes_users_from_its_rank() -> None:
     assert max(map(cost_of, parts)) <= 1.01 * min(map(cost_of, parts))
 
 
+def test_a_graph_elsewhere_is_refused() -> None:
+    with pytest.raises(ValueError, match="ShardedGraph: expected a graph on the CPU, got one on meta"):
+        _build_sides(pairs().to("meta"), 0, 2)
+
+
 def test_cuts() -> None:
     cost = torch.tensor([1, 1, 1, 1])
     assert _cuts(cost, [1, 1]) == [0, 2, 4]
