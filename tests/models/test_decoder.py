@@ -20,7 +20,7 @@ from collm_fast.data.packing import pack
 from collm_fast.data.prompts import HISTORY, TARGET, TEXT, USER, Prompts
 from collm_fast.models.attention import TreePlan
 from collm_fast.models.collm import CoLLM
-from collm_fast.models.decoder import Decoder, gradient_free
+from collm_fast.models.decoder import Decoder, _norm, gradient_free
 from collm_fast.models.lora import add_lora, lora_layers, set_dropout, set_step_seed
 
 WINDOWED = {
@@ -316,3 +316,23 @@ def test_the_readings_of_the_answers_keep_the_order_of_the_rows() -> None:
     with torch.no_grad():
         one_by_one = torch.cat([model(pack(prompts, rows[i : i + 1])) for i in range(len(rows))])
         torch.testing.assert_close(model(pack(prompts, rows)), one_by_one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, H), (5, 4, 8), (1, 3)])
+def test_the_norm_has_the_gradient_of_the_models_own(shape: tuple[int, ...]) -> None:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    norm = Qwen3RMSNorm(shape[-1], eps=0.1).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    norm.weight.copy_(torch.randn(shape[-1], generator=generator))
+    x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+    found = []
+    for run in (lambda x: _norm(norm, x), norm):
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        found.append((out.detach(), torch.autograd.grad(out, leaf, grad)[0]))
+    (ours, got), (theirs, want) = found
+    assert torch.equal(ours, theirs)
+    assert (got - want).norm() <= 1e-6 * want.norm()
+    norm.requires_grad_(True)
+    assert torch.autograd.grad(_norm(norm, x).sum(), norm.weight)[0].norm() > 0
