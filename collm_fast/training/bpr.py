@@ -117,7 +117,8 @@ def fit_lightgcn(
 
     Every epoch draws as many samples as there are edges: a user uniformly, with replacement, one of its items, and an
     item it has not (`data.sampler.sample_triples`); Adam on the loss of `bpr_backward`. Equal seeds give equal bits,
-    at any number of threads, and so does a run that was interrupted and resumed.
+    at any number of threads, and so does a run that was interrupted and resumed; only the reported loss of batches
+    above 10,000 samples is equal up to rounding.
 
     Args:
         users, items: [E] integer tensors, arrays or lists, in [0, num_users) and [0, num_items); duplicates count
@@ -251,6 +252,10 @@ class _Run:
         for name, value in mine.items():
             if other.get(name) != value:
                 raise ValueError(f"fit_lightgcn: expected a checkpoint with {name} {value}, got {other.get(name)}")
+        begun = state["epoch"] + (state["batch"] > 0)
+        if begun > self.config.epochs:
+            rule = f"epochs of at least {begun}, which the checkpoint has begun"
+            raise ValueError(f"fit_lightgcn: expected {rule}, got {self.config.epochs}")
         with torch.no_grad():
             self.table.copy_(tensors["table"])
             self.loss.copy_(tensors["loss"])

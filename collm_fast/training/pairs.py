@@ -46,21 +46,25 @@ class Pairs:
         """
         table = read_table(pairs, ["user", "item"], "pairs")
         other = None if held_out is None else read_table(held_out, ["user", "item"], "test_pairs")
-        # A CSV has its ids as text.
-        columns = [column[name] for column in (table, other) if column is not None for name in ("user", "item")]
-        if len({column.dtype.kind in "iu" for column in columns}) > 1:
-            columns = [column.astype(str) for column in columns]
-        user_ids, users = np.unique(columns[0], return_inverse=True)
-        item_ids = np.unique(np.concatenate(columns[1::2]))
-        items = np.searchsorted(item_ids, columns[1])
+        tables = [found for found in (table, other) if found is not None]
+        user_columns, item_columns = (_of_one_kind([found[name] for found in tables]) for name in ("user", "item"))
+        user_ids, users = np.unique(user_columns[0], return_inverse=True)
+        item_ids = np.unique(np.concatenate(item_columns))
+        items = np.searchsorted(item_ids, item_columns[0])
         if other is None:
             return cls(user_ids, item_ids, users, items, None, 0)
-        place = np.minimum(np.searchsorted(user_ids, columns[2]), len(user_ids) - 1)
-        known = user_ids[place] == columns[2]
+        place = np.minimum(np.searchsorted(user_ids, user_columns[1]), len(user_ids) - 1)
+        known = user_ids[place] == user_columns[1]
         if not known.any():
             raise ValueError(f"test_pairs: expected pairs of users in {pairs}, got none in {held_out}")
-        kept = place[known], np.searchsorted(item_ids, columns[3][known])
+        kept = place[known], np.searchsorted(item_ids, item_columns[1][known])
         return cls(user_ids, item_ids, users, items, kept, int((~known).sum()))
+
+
+def _of_one_kind(columns: list[Ids]) -> list[Ids]:
+    """The same ids of several files: numbers meet text, which is what a CSV has, as text."""
+    mixed = len({column.dtype.kind in "iu" for column in columns}) > 1
+    return [column.astype(str) for column in columns] if mixed else columns
 
 
 def fit_pairs(
@@ -82,7 +86,7 @@ def fit_pairs(
             the top_k items that the user has no pair with), config.yaml, metrics.json and checkpoints/.
         held_out: such a file to measure recall, NDCG and precision at top_k on.
         resume: go on from the checkpoint that `out` holds, if there is one.
-    Returns: what metrics.json holds: users, items, pairs, history, and the last measurement as `held_out`.
+    Returns: what metrics.json holds: users, items, pairs, history, and what the result scores as `held_out`.
     Raises: ValueError before any work for bad files, or an `out` that holds a run; see also `fit_lightgcn`.
     """
     if top_k < 1:
@@ -112,7 +116,8 @@ def fit_pairs(
     )
     _write_tables(data, fitted.user.cpu(), fitted.item.cpu(), seen, min(top_k, sizes[1]), out)
     write_atomic(out / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
-    last = {name: value for name, value in fitted.history[-1].items() if "@" in name}
+    # Not the history's last: a run that is continued may have been measured otherwise, or not at all.
+    last = evaluate(fitted.user, fitted.item)
     counts = {"users": sizes[0], "items": sizes[1], "pairs": len(seen.items)}
     skipped = {"held_out_rows_of_unknown_users": data.unknown_users}
     metrics: dict[str, Any] = {**counts, "held_out": last or None, **skipped, "history": fitted.history}

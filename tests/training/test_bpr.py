@@ -192,6 +192,12 @@ def test_a_checkpoint_of_another_run_is_refused(change: dict[str, object], messa
         fit_lightgcn(*pairs(data), U, num_items, replace(QUICK, **change), folder=tmp_path)
 
 
+def test_fewer_epochs_than_a_checkpoint_has_are_refused(tmp_path: Path):
+    fit_lightgcn(*pairs(), U, I, replace(QUICK, epochs=2), folder=tmp_path)
+    with pytest.raises(ValueError, match="expected epochs of at least 2, which the checkpoint has begun, got 1"):
+        fit_lightgcn(*pairs(), U, I, replace(QUICK, epochs=1), folder=tmp_path)
+
+
 def test_it_is_found_in_the_package():
     assert collm_fast.fit_lightgcn is fit_lightgcn and "fit_lightgcn" in dir(collm_fast)
 

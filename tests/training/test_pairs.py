@@ -74,6 +74,25 @@ def test_ids_of_text_and_of_numbers_meet_as_text(tmp_path: Path):
     assert [column.tolist() for column in data.held_out] == [[1], [0]] and data.unknown_users == 1
 
 
+def test_numbers_stay_numbers_beside_items_of_text(tmp_path: Path):
+    write_table(tmp_path / "p.parquet", {"user": [10, 9], "item": ["b", "a"]})
+    write_table(tmp_path / "t.csv", {"user": ["9"], "item": ["b"]})
+    data = Pairs.read(tmp_path / "p.parquet", None)
+    assert data.user_ids.tolist() == [9, 10] and data.item_ids.tolist() == ["a", "b"]
+    both = Pairs.read(tmp_path / "p.parquet", tmp_path / "t.csv")
+    assert both.user_ids.tolist() == ["10", "9"] and [column.tolist() for column in both.held_out] == [[1], [1]]
+
+
+def test_a_finished_run_that_is_continued_is_measured_as_asked(world: Path):
+    pairs, out = world / "train.csv", world / "run"
+    write_table(world / "known.csv", {"user": ["a0", "a1"], "item": [100, 101]})
+    config = BPRConfig(dim=4, epochs=1)
+    assert fit_pairs(pairs, out, config)["held_out"] is None
+    for k in (5, 3):
+        found = fit_pairs(pairs, out, config, held_out=world / "known.csv", top_k=k, resume=True)
+        assert set(found["held_out"]) == {f"recall@{k}", f"ndcg@{k}", f"precision@{k}"}
+
+
 def test_the_command_trains_resumes_and_refuses(world: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--dim", "8", "--lr", "0.02", "--batch-size", "64", "--top-k", "5", "--device", "cpu"]
     command = ["fit-lightgcn", "--pairs", str(world / "train.csv"), "--out", str(world / "run"), *options]
