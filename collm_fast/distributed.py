@@ -151,6 +151,8 @@ def _check(
         num_layers=num_layers,
         storage_dtype=numbers[1],
         use_of_rows=int(rows is not None),
+        # A rank without a gradient would never come to the backward that the others wait in.
+        requires_grad=int(torch.is_grad_enabled() and x.requires_grad),
     )
     return storage
 
@@ -181,7 +183,8 @@ def sharded_propagate(
             those rows, whoever owns them, without the work for other rows in the last layer, nor (sums and exchange) in
             the first one backwards.
     Returns: [n, D], or [B, D] with `rows`, in x's dtype. Differentiable in x_local, twice if need be.
-    Raises: ValueError on every rank if one has a bad argument, or if D, a dtype or num_layers differ between ranks.
+    Raises: ValueError on every rank if one has a bad argument, or if D, a dtype, num_layers or whether a gradient is
+        wanted differ between ranks.
     Source: He et al., LightGCN (arXiv 2002.02126), equations 7 and 8.
     """
     storage = _check("sharded_propagate", x_local, graph, rows, num_layers, storage_dtype)
@@ -213,7 +216,8 @@ def sharded_rows(x_local: Tensor, graph: ShardedGraph, rows: Tensor) -> Tensor:
         x_local: [n, D] this rank's rows, as in `sharded_propagate`.
         rows: [B] int64 nodes of the whole graph, in [0, N), repeats allowed, another B on every rank if need be.
     Returns: [B, D] in x's dtype. Differentiable in x_local, twice if need be.
-    Raises: ValueError on every rank if one has a bad argument, or if D or the dtype differ between ranks.
+    Raises: ValueError on every rank if one has a bad argument, or if D, the dtype or whether a gradient is wanted
+        differ between ranks.
     """
     _check("sharded_rows", x_local, graph, rows)
     request = Request.of(graph, rows)

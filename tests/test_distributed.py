@@ -184,6 +184,7 @@ def rank_error(group: Any, graph: BipartiteGraph, kind: str) -> str:
         "one with rows": {"rows": torch.zeros(2, dtype=torch.int64)},
         "rows": {"rows": torch.tensor([0, graph.num_nodes])},
         "dtype of rows": {"rows": torch.zeros(2)},
+        "gradient": {"x_local": x.clone().requires_grad_()},
     }
     if kind in ("rows", "dtype of rows"):
         options["rows"] = torch.zeros(2, dtype=torch.int64)
@@ -325,6 +326,7 @@ def test_training_like_one_process(ranks: Ranks) -> None:
         ("one with rows", "expected the same use_of_rows on every rank", "the same use_of_rows on every rank"),
         ("rows", "expected rows in [0, 160), got 160", "got an error on rank 1"),
         ("dtype of rows", "expected rows of shape [B] in int64, got", "got an error on rank 1"),
+        ("gradient", "expected the same requires_grad on every rank, got 1 here and 0 on", "the same requires_grad on"),
         ("graph", "expected the same edges on every rank", "expected the same edges on every rank"),
         ("inside", "expected col in [0, 90), got [159]", "got an error on rank 1"),
         (
