@@ -188,6 +188,8 @@ def main() -> int:
         found = measure(options.measure, options.threads, options.seconds, options.is_large, options.quick)
         options.into.write_text(json.dumps(found))
         return 0
+    if machine.peak_bytes(lambda: None, CPU) is None:
+        raise SystemExit("growth: expected the mark of the resident memory (/proc/self/clear_refs), got none")
     sizes = []
     for large, counts in ((False, options.pairs), (True, options.large)):
         for pairs in counts:

@@ -335,7 +335,7 @@ print(peak, size, opened, graph.col.nbytes)
 """
 
 
-@requires("native")
+@requires("native", "peak")
 def test_memory_of_building_and_of_opening(tmp_path: Path) -> None:
     """Building needs under three times the graph above the ids; opening a mapped file reads no columns."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}

@@ -104,6 +104,7 @@ def test_two_ranks_of_the_plan(growth: Any) -> None:
 
 def test_one_size_is_measured(growth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth.script, "gather_rate", lambda *arguments, **options: 1e9)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # of all that pytest holds, 25 times
     found = growth.script.measure(20_000, 1, 0.01, False, True)
     assert set(found["stages"]) == set(growth.report.STAGES)
     assert found["edges"] <= found["pairs"] == 20_000 and found["users"] == 800 and found["items"] == 500
@@ -118,6 +119,14 @@ def test_one_size_is_measured(growth: Any, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("text", "count"), [("20k", 20_000), ("3M", 3_000_000), ("7", 7)])
 def test_counts(growth: Any, text: str, count: int) -> None:
     assert growth.script.count_of(text) == count
+
+
+def test_without_a_mark_of_the_memory_nothing_is_measured(growth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["growth.py", "--pairs", "1k", "2k"])
+    monkeypatch.setattr(growth.script.machine, "peak_bytes", lambda fn, device: None)
+    monkeypatch.setattr(growth.script, "in_a_new_process", lambda *arguments: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="expected the mark of the resident memory"):
+        growth.script.main()
 
 
 def test_one_size_cannot_be_fitted(growth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
