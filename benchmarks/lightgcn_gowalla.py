@@ -125,15 +125,15 @@ def draw(history: list[dict[str, float]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(options: argparse.Namespace, history: list[dict[str, float]], test_users: int) -> None:
+def write(options: argparse.Namespace, history: list[dict[str, float]], edges: Pairs, test: Pairs) -> None:
     config = config_of(options)
     recipe = f"K={config.num_layers}, D={config.dim}, lr {config.lr}, L2 {config.l2}, batch {config.batch_size}, "
     result = description(options) | {
-        "data": "Gowalla split of arXiv 2002.02126: 810,128 train and 217,242 test pairs",
+        "data": f"Gowalla split of arXiv 2002.02126: {len(edges[0]):,} train and {len(test[0]):,} test pairs",
         "config": to_mapping(config),
         "recipe": recipe + f"N(0, {config.init_std}), seed {config.seed}, {config.storage_dtype} layers",
         "published": PUBLISHED,
-        "test_users": test_users,
+        "test_users": len(np.unique(test[0])),
         "shown_every": 10 if len(history) <= 200 else 50,
         "history": history,
     }
@@ -160,7 +160,7 @@ def train(options: argparse.Namespace, edges: Pairs, test: Pairs) -> int:
         status = 3
     found = checkpoints.latest(options.folder)
     if found is not None and any(f"recall@{TOP}" in record for record in found.state["history"]):
-        write(options, found.state["history"], len(np.unique(test[0])))
+        write(options, found.state["history"], edges, test)
         print(report(json.loads((options.out / "gowalla-lightgcn.json").read_text())))
     return status
 
@@ -250,7 +250,7 @@ def epoch_report(runs: list[dict[str, Any]]) -> str:
         "# One BPR epoch of LightGCN on Gowalla",
         "",
         f"{last['date']}, {last['cpu']}, {last['simd']}, commit {last['commit'][:12]}, "
-        f"torch {last['versions']['torch']}. K=3, D=64, batch 2048, 396 steps of 810,128 samples; medians over fresh "
+        f"torch {last['versions']['torch']}. K=3, D=64, batch 2048, {last['steps']} steps; medians over fresh "
         "processes. Made by `python benchmarks/lightgcn_gowalla.py --epoch-time`.",
         "",
         "`rows` reads and propagates for the batch's rows only (what `fit_lightgcn` does), `all rows` is the same step "
