@@ -20,7 +20,7 @@ from collm_fast.models.decoder import FAMILIES, Decoder, gradient_free, own_forw
 from collm_fast.models.lora import lora_layers
 from collm_fast.models.mapper import IdStatistics, Mapper
 from collm_fast.models.prefix_cache import PrefixCache, cached_past
-from collm_fast.ops.inject import embed_inject
+from collm_fast.ops.inject import embed_inject, gather_rows
 
 if TYPE_CHECKING:
     from collm_fast.data.packing import PackedBatch
@@ -181,7 +181,7 @@ class CoLLM(nn.Module):
         places = plan.own_places(cut)
         head, tail = (torch.from_numpy(place).to(self.device) for place in places)
         head_plan, tail_plan = plan.split(cut)
-        before, at = self.table[moved.token_ids[head]], (cos[head], sin[head])
+        before, at = gather_rows(self.table, moved.token_ids[head]), (cos[head], sin[head])
         if cache is None:
             past = decoder.past(before, at, head_plan)
         else:
