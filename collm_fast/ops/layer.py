@@ -75,6 +75,7 @@ def _check(
         require(table is not None, _OP, "a table where there are slots", None)
         _check_tensor("slot", slot, (slot.numel(),), x)
         require(slot.dtype == torch.int32, _OP, "slot in int32", slot.dtype)
+        require(slot.numel() < 2**31, _OP, "fewer than 2^31 slots", slot.numel())
     _check_tensor("out", out, (count if rows is None else rows.numel(), width), x)
 
 

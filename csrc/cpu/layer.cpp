@@ -7,7 +7,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
-#include <memory>
 #include <optional>
 #include <sstream>
 #include <type_traits>
@@ -76,6 +75,7 @@ void check(const Tensor& out, const std::optional<Tensor>& table, const Tensor& 
     COLLM_CHECK(table, kOp, "a table where there are slots, got None");
     check_tensor("slot", *slot, {slot->numel()}, x);
     COLLM_CHECK(slot->scalar_type() == ScalarType::Int, kOp, "slot in int32, got ", dtype(*slot));
+    COLLM_CHECK(slot->numel() <= INT32_MAX, kOp, "fewer than 2^31 slots, got ", slot->numel());
     const int32_t* values = static_cast<const int32_t*>(slot->data_ptr());
     const int64_t end = table->size(0);
     for (int64_t p = 0; p < slot->numel(); ++p) {
@@ -92,22 +92,18 @@ void check(const Tensor& out, const std::optional<Tensor>& table, const Tensor& 
   COLLM_CHECK(rises, kOp, "crow to rise from 0 to nnz (", col.numel(), "), got ", start[0], " .. ", start[n]);
 }
 
-// The table's type decides how it is read; without a table there is nothing to read.
+// The table's type decides how it is read; without a table there is nothing to read. A table without rows is one.
 template <typename S>
-void run(const Graph& graph, const int64_t* rows, int64_t count, const int32_t* slot,
+void run(const Graph& graph, bool has_table, const int64_t* rows, int64_t count, const int32_t* slot,
          LayerCall<std::conditional_t<std::is_same_v<S, double>, double, float>> call) {
   using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  if (call.table != nullptr) {
+  if (has_table) {
     const Plan plan = make_plan(graph, rows, count);
     Layer<S, A> layer{kernel<S, A>(), graph, plan, call, slot, kOp};
     layer.run();
     return;
   }
-  parallel_for(0, count, 512, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<A[]> buffer(new A[call.D]);
-    const std::unique_ptr<int64_t[]> no_edges(new int64_t[last - first]());
-    kernel<S, A>().rows(call, {graph.col, no_edges.get(), no_edges.get(), 0, rows, first, last - first}, buffer.get());
-  });
+  scale_rows<S, A>(rows, count, call);
 }
 
 void layer(const Tensor& out, std::optional<Tensor> table, const Tensor& x, const Tensor& crow, const Tensor& col,
@@ -135,7 +131,7 @@ void layer(const Tensor& out, std::optional<Tensor> table, const Tensor& x, cons
              using S = decltype(tag);
              using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
              const Source<A> from{x.data_ptr(), x.scalar_type(), {x.stride(0), x.stride(1)}};
-             run<S>(graph, rows ? static_cast<const int64_t*>(rows->data_ptr()) : nullptr, count,
+             run<S>(graph, table.has_value(), rows ? static_cast<const int64_t*>(rows->data_ptr()) : nullptr, count,
                     slot ? static_cast<const int32_t*>(slot->data_ptr()) : nullptr,
                     {table ? table->data_ptr() : nullptr, D, graph.inv, from, out.data_ptr(), out.scalar_type(), !mean,
                      A(mean.value_or(1.0)), A(1), 0});

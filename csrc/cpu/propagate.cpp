@@ -174,16 +174,6 @@ void run_layers(const CallGraph& graph, const Source<A>& x, int64_t first, const
   }
 }
 
-// out[p] = a(node) x[node] for each position: g_0, and the whole result where there are no layers.
-template <typename S, typename A>
-void scale_rows(const Graph& graph, const int64_t* rows, int64_t count, const LayerCall<A>& call) {
-  parallel_for(0, count, 512, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<A[]> buffer(new A[call.D]);
-    const std::unique_ptr<int64_t[]> no_edges(new int64_t[last - first]());
-    kernel<S, A>().rows(call, {graph.col, no_edges.get(), no_edges.get(), 0, rows, first, last - first}, buffer.get());
-  });
-}
-
 Tensor propagate(const Tensor& x, const Tensor& crow, const Tensor& col, const Tensor& inv, int64_t num_layers,
                  std::optional<ScalarType> storage_dtype, std::optional<Tensor> rows, double dropout_p,
                  std::optional<Tensor> seed) {
@@ -207,13 +197,12 @@ Tensor propagate(const Tensor& x, const Tensor& crow, const Tensor& col, const T
     using A = decltype(a_tag);
     const Source<A> from = source<A>(x);
     if (num_layers == 0) {
-      scale_rows<S, A>(call.graph, wanted_data, count,
+      scale_rows<S, A>(wanted_data, count,
                        {nullptr, D, call.graph.inv, from, out.data_ptr(), out.scalar_type(), false, A(1), A(1), 0});
       return;
     }
     const Tables tables(out, nodes, D, num_layers, storage, 0);
-    scale_rows<S, A>(call.graph, nullptr, nodes,
-                     {nullptr, D, call.graph.inv, from, tables.of(0), storage, true, A(1), A(1), 0});
+    scale_rows<S, A>(nullptr, nodes, {nullptr, D, call.graph.inv, from, tables.of(0), storage, true, A(1), A(1), 0});
     const Plan last = make_plan(call.graph, wanted_data, count);
     const Plan all = rows && num_layers > 1 ? make_plan(call.graph, nullptr, nodes) : Plan{};
     run_layers<S, A>(call, from, 1, tables, rows ? &all : &last, last, out);
@@ -271,7 +260,7 @@ void propagate_sparse(const CallGraph& graph, const SparseGradient<A>& sparse, i
   LayerCall<A> call{nullptr,           D,     graph.graph.inv,    from,          out.data_ptr(),
                     out.scalar_type(), false, A(1.0 / (K + 1.0)), A(graph.keep), 0};
   if (K == 0) {
-    scale_rows<S, A>(graph.graph, nullptr, nodes, call);
+    scale_rows<S, A>(nullptr, nodes, call);
     return;
   }
   const int64_t distinct = static_cast<int64_t>(sparse.nodes.size());

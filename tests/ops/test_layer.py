@@ -216,6 +216,26 @@ def test_errors_of_columns(value: int) -> None:
         block.run(torch.empty_like(block.x), table)
 
 
+def test_errors_of_columns_over_a_table_without_rows() -> None:
+    block = Block(torch.float32)
+    nothing, slot = torch.empty(0, 20), torch.full((59,), -1, dtype=torch.int32)
+    block.col[3] = 59
+    with pytest.raises(ValueError, match=r"lightgcn_layer: expected col in \[0, 0\), got "):
+        block.run(torch.empty_like(block.x), nothing)
+    with pytest.raises(ValueError, match=r"lightgcn_layer: expected col in \[0, 59\), got 59 at "):
+        block.run(torch.empty_like(block.x), nothing, slot=slot)
+
+
+def test_errors_of_more_slots_than_columns_can_name() -> None:
+    """On tensors without memory: the CPU kernel has the check too, and 8 GB to be shown."""
+    block = Block(torch.float32)
+    names = ("x", "crow", "col", "inv_sqrt_degree")
+    args = {name: getattr(block, name).to("meta") for name in names}
+    out, slot = torch.empty(40, 20, device="meta"), torch.empty(2**31, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="lightgcn_layer: expected fewer than 2\\^31 slots, got 2147483648"):
+        lightgcn_layer(out, torch.empty(60, 20, device="meta"), **args, slot=slot)
+
+
 # --- the other backends ------------------------------------------------------------------------------------------
 @requires("triton")
 def test_triton_interpreter() -> None:

@@ -82,6 +82,14 @@ def test_two_tables_at_any_number_of_layers(
 
 
 @requires("native", "peak")
+def test_nothing_a_row_without_layers(machine: ModuleType) -> None:
+    nodes = 2_000_000
+    nothing = BipartiteGraph.from_interactions([], [], nodes, 0)
+    x = torch.randn(nodes, 2)
+    assert peak(machine, lambda: lightgcn_propagate(x, nothing, 0)) - 8 * nodes <= SLACK < 8 * nodes
+
+
+@requires("native", "peak")
 @pytest.mark.parametrize("direction", [forward, backward])
 def test_less_with_bfloat16_storage_and_rows(
     machine: ModuleType, graph: BipartiteGraph, direction: Callable[..., Callable[[], Tensor]]
