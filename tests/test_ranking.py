@@ -272,7 +272,7 @@ def test_the_native_scores_do_not_depend_on_the_block(dtype):
     user, item = (torch.from_numpy(rng.normal(size=(n, 37))).to(dtype) for n in (61, 203))
     seen = some_lists(rng, 61, 203, 800)
     items, scores = top_items(user, item, seen, 30)
-    for block in (1, 5, 24, 61, 10**6):
+    for block in (1, 5, 24, 61, 10**6, sys.maxsize):
         again = top_items(user, item, seen, 30, block=block)
         assert torch.equal(items, again[0]) and torch.equal(scores, again[1])
     for u in (0, 60):

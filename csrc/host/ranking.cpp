@@ -303,7 +303,8 @@ template <typename T>
 void rank_users(const Tables<T>& tables, const Order& order, int64_t k, int64_t height, int64_t first, int64_t last,
                 int64_t* items, T* scores) {
   const Kernel<T> kernel = collm::kernel<T>();
-  const int64_t blocks = (last - first + height - 1) / height;
+  // Blocks of about equal height; a height may be as large as a number can be.
+  const int64_t blocks = (last - first) / height + ((last - first) % height != 0);
   height = blocks == 0 ? 0 : (last - first + blocks - 1) / blocks;
   std::vector<T> panel(kernel.items * tables.D);
   Block<T> block(tables, kernel, k, height);

@@ -249,7 +249,7 @@ py::tuple batch_rows(const Array<int64_t>& nodes, int64_t num_nodes, int64_t bat
     fail("batch_rows", "nodes [C, n], num_nodes in [0, 2^31) and batch_size >= 1, got ", nodes.ndim(), " dimensions, ",
          num_nodes, " and ", batch_size);
   }
-  const int64_t columns = nodes.shape(0), n = nodes.shape(1), batches = (n + batch_size - 1) / batch_size;
+  const int64_t columns = nodes.shape(0), n = nodes.shape(1), batches = n / batch_size + (n % batch_size != 0);
   const int64_t* node = nodes.data();
   py::array_t<int64_t> slots({columns, n}), offsets(batches + 1);
   int64_t *slot_of = slots.mutable_data(), *offset = offsets.mutable_data();

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -229,6 +231,8 @@ def test_batches_name_their_nodes_once(native: bool, monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(batch.counts.numpy(), np.unique(part, return_counts=True)[1])
         assert batch.counts.dtype == torch.float32 and batch.slots.is_contiguous()
     assert list(batches_of(nodes[:, :0], 130, 32)) == []
+    whole, *others = batches_of(nodes, 130, sys.maxsize)
+    assert not others and whole.rows.tolist() == np.unique(nodes).tolist()
 
 
 BAD_TRIPLES = [
