@@ -46,22 +46,29 @@ def ours(x: Tensor, graph: BipartiteGraph, batch: Batch, config: BPRConfig) -> h
     return step
 
 
+def untrimmed_backward(table: Tensor, batch: Batch, config: BPRConfig, propagate: Propagate) -> Tensor:
+    """`bpr_backward` by a product that computes every row of every layer."""
+    table.grad = None
+    loss = bpr_loss(pair_scores(propagate(table).index_select(0, batch.rows), batch.slots))
+    loss.backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        assert table.grad is not None
+        own = table.index_select(0, batch.rows)
+        decay = own * (batch.counts * (config.l2 / batch.slots.shape[1]))[:, None]
+        loss = loss.detach() + 0.5 * (own * decay).sum(1).sum()
+        table.grad.index_copy_(0, batch.rows, decay.add_(table.grad.index_select(0, batch.rows)))
+    return loss
+
+
 def untrimmed(x: Tensor, graph: BipartiteGraph, batch: Batch, config: BPRConfig, propagate: Propagate) -> harness.Impl:
-    """The same step by a product that computes every row of every layer."""
+    """The same step, untrimmed."""
     table = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([table], lr=config.lr, fused=True)
 
     def step() -> list[Tensor]:
-        table.grad = None
-        loss = bpr_loss(pair_scores(propagate(table).index_select(0, batch.rows), batch.slots))
-        loss.backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            assert table.grad is not None
-            own = table.index_select(0, batch.rows)
-            decay = own * (batch.counts * (config.l2 / batch.slots.shape[1]))[:, None]
-            table.grad.index_add_(0, batch.rows, decay)
-            loss = loss.detach() + 0.5 * (own * decay).sum()
+        loss = untrimmed_backward(table, batch, config, propagate)
         optimizer.step()
+        assert table.grad is not None
         return [loss, *table.grad.split([graph.num_users, graph.num_items])]
 
     return step

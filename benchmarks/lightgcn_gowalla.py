@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import bpr_steps
 import machine
 import numpy as np
 import pyarrow.parquet
@@ -28,10 +29,9 @@ from collm_fast.config import BPRConfig, to_mapping
 from collm_fast.data.sampler import Batch, batches_of, sample_triples
 from collm_fast.graph import BipartiteGraph
 from collm_fast.io import checkpoints
-from collm_fast.models.cf.mf import pair_scores
 from collm_fast.ops import lightgcn_propagate
 from collm_fast.ranking import Lists, full_ranking
-from collm_fast.training.bpr import bpr_backward, bpr_loss, fit_lightgcn
+from collm_fast.training.bpr import bpr_backward, fit_lightgcn
 
 # github.com/gusye1234/LightGCN-PyTorch: 3 layers, 64 dimensions, 1000 epochs.
 PUBLISHED = {"recall@20": 0.1824, "ndcg@20": 0.1547}
@@ -166,21 +166,6 @@ def train(options: argparse.Namespace, edges: Pairs, test: Pairs) -> int:
 
 
 # --- the time of an epoch -------------------------------------------------------------------------------------------
-def untrimmed_backward(table: Tensor, graph: BipartiteGraph, batch: Batch, config: BPRConfig) -> Tensor:
-    """`bpr_backward` over all nodes: the same op without `rows`."""
-    nodes = lightgcn_propagate(table, graph, config.num_layers, storage_dtype=getattr(torch, config.storage_dtype))
-    loss = bpr_loss(pair_scores(nodes.index_select(0, batch.rows), batch.slots))
-    table.grad = None
-    loss.backward()
-    with torch.no_grad():
-        own = table.index_select(0, batch.rows)
-        decay = own * (batch.counts * (config.l2 / batch.slots.shape[1]))[:, None]
-        loss = loss.detach() + 0.5 * (own * decay).sum(1).sum()
-        assert table.grad is not None
-        table.grad.index_copy_(0, batch.rows, decay.add_(table.grad.index_select(0, batch.rows)))
-    return loss
-
-
 def timed(fn: Callable[[], object]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     fn()
@@ -208,7 +193,15 @@ def epoch_time(options: argparse.Namespace, edges: Pairs) -> int:
         )
     generator = torch.Generator().manual_seed(config.seed)
     start = torch.empty(graph.num_nodes, config.dim).normal_(0.0, config.init_std, generator=generator)
-    ways = {"rows": bpr_backward, "all rows": untrimmed_backward}
+    storage = getattr(torch, config.storage_dtype)
+
+    def whole(x: Tensor) -> Tensor:
+        return lightgcn_propagate(x, graph, config.num_layers, storage_dtype=storage)
+
+    ways: dict[str, Callable[[Tensor, Batch], Tensor]] = {
+        "rows": lambda table, batch: bpr_backward(table, graph, batch, config),
+        "all rows": lambda table, batch: bpr_steps.untrimmed_backward(table, batch, config, whole),
+    }
     tables = {name: start.clone().requires_grad_() for name in ways}
     adams = {name: torch.optim.Adam([tables[name]], lr=config.lr, fused=True) for name in ways}
     block = 12
@@ -216,7 +209,7 @@ def epoch_time(options: argparse.Namespace, edges: Pairs) -> int:
         for name, backward in ways.items():
             # Blocks, not single steps: each way shall find the memory as its own loop leaves it.
             for place, batch in enumerate(batches[first : first + block]):
-                gradient = timed(lambda b=batch, n=name, f=backward: f(tables[n], graph, b, config))
+                gradient = timed(lambda b=batch, n=name, f=backward: f(tables[n], b))
                 update = timed(adams[name].step)
                 if place >= 2:
                     seconds.setdefault(f"{name}: forward and backward", []).append(gradient)
