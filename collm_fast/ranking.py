@@ -168,7 +168,7 @@ def full_ranking(
     Source: He et al., LightGCN (arXiv 2002.02126), section 4.1, and the evaluation of its authors' PyTorch code.
     """
     _check_tables("full_ranking", user, item, block)
-    cutoffs = [k] if isinstance(k, int) else list(k)
+    cutoffs = list(k) if isinstance(k, Sequence) else [k]
     if not cutoffs:
         _fail("full_ranking", "at least one k", "none")
     for cutoff in cutoffs:

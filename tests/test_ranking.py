@@ -385,6 +385,7 @@ def replaced(**changes):
         ({"k": 0}, "k to be an integer of at least 1, got 0"),
         ({"k": []}, "at least one k, got none"),
         ({"k": [3, 2.5]}, "k to be an integer of at least 1, got 2.5"),
+        ({"k": 2.5}, "k to be an integer of at least 1, got 2.5"),
         ({"block": 0}, "block to be an integer of at least 1, got 0"),
     ],
 )
