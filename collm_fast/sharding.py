@@ -174,6 +174,8 @@ def _cuts(cost: Tensor, wanted: Sequence[int]) -> list[int]:
 
 def _build_sides(graph: BipartiteGraph, rank: int, world: int) -> tuple[Side, Side]:
     require(graph.crow.device.type == "cpu", "ShardedGraph", "a graph on the CPU", f"one on {graph.crow.device}")
+    # A mapped file's `crow` was checked when it was opened; a graph made by hand could divide into nonsense.
+    graph._check_rows("")
     cost = graph.crow.diff() + _ROW_COST
     users, items = cost[: graph.num_users], cost[graph.num_users :]
     item_cuts = _cuts(items, [1] * world)

@@ -435,6 +435,16 @@ def test_a_graph_elsewhere_is_refused() -> None:
         _build_sides(pairs().to("meta"), 0, 2)
 
 
+def test_a_graph_whose_rows_do_not_rise_is_refused() -> None:
+    graph = pairs()
+    crow = graph.crow.clone()
+    crow[3] = 10**6
+    broken = BipartiteGraph(crow, graph.col, graph.inv_sqrt_degree, graph.num_users, graph.num_items)
+    for rank in range(2):
+        with pytest.raises(ValueError, match="BipartiteGraph: expected crow to rise from 0 to nnz"):
+            _build_sides(broken, rank, 2)
+
+
 def test_cuts() -> None:
     cost = torch.tensor([1, 1, 1, 1])
     assert _cuts(cost, [1, 1]) == [0, 2, 4]
