@@ -268,19 +268,19 @@ __device__ __forceinline__ void write_partial(const Layer& a, int64_t slot, int 
 
 // Whether this warp is the last of `members`, which then sees what all of them wrote. Leaves the counter at zero.
 __device__ __forceinline__ bool arrive(int32_t* counter, int members, int lane) {
-  __threadfence();
   __syncwarp();
   int last = 0;
   if (lane == 0) {
+    // Lane 0's fences stand for the warp: the barriers around them order what its other lanes wrote and will read.
+    __threadfence();
     last = atomicAdd(counter, 1) + 1 == members;
     if (last) {
       atomicExch(counter, 0);
     }
-  }
-  last = __shfl_sync(kAllLanes, last, 0);
-  if (last) {
     __threadfence();
   }
+  last = __shfl_sync(kAllLanes, last, 0);
+  __syncwarp();
   return last;
 }
 
