@@ -211,11 +211,11 @@ __attribute__((always_inline)) inline void finish(const Vector<A, BYTES> (&total
 // total = the sum of the columns of one block over the edges of a row.
 template <typename S, typename A, int V, int BYTES>
 __attribute__((always_inline)) inline void gather(const LayerCall<A>& call, const RowWork<A>& work, int64_t d,
-                                                  Vector<A, BYTES> (&total)[V]) {
+                                                  int64_t D, Vector<A, BYTES> (&total)[V]) {
   constexpr int L = BYTES / sizeof(A);
   const int32_t* col = work.col;
   const S* table = static_cast<const S*>(call.table) + d;
-  const int64_t D = call.D, ahead = call.ahead;
+  const int64_t ahead = call.ahead;
   for (int64_t e = work.begin; e < work.end; ++e) {
     // Not pointer arithmetic: a column further on may not have been checked yet, and is only fetched, never read.
     const uintptr_t next = reinterpret_cast<uintptr_t>(table) +
@@ -228,13 +228,14 @@ __attribute__((always_inline)) inline void gather(const LayerCall<A>& call, cons
   }
 }
 
-// The columns d .. d + V vectors of one row.
+// The columns d .. d + V vectors of one row; D is call.D, a constant where the caller knows it.
 template <typename S, typename A, int V, int BYTES>
-__attribute__((always_inline)) inline void block(const LayerCall<A>& call, const RowWork<A>& work, int64_t d) {
+__attribute__((always_inline)) inline void block(const LayerCall<A>& call, const RowWork<A>& work, int64_t d,
+                                                 int64_t D) {
   constexpr int L = BYTES / sizeof(A);
   Vector<A, BYTES> total[V] = {};
   if (work.sum == nullptr) {
-    gather<S, A, V, BYTES>(call, work, d, total);
+    gather<S, A, V, BYTES>(call, work, d, D, total);
   } else {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
@@ -284,33 +285,33 @@ void row(const LayerCall<A>& call, const RowWork<A>& work) {
 #if COLLM_LANE_BYTES == 64
   // Only here are there registers enough for 16 sums.
   for (; d + 16 * L <= D; d += 16 * L) {
-    block<S, A, 16, B>(call, work, d);
+    block<S, A, 16, B>(call, work, d, D);
   }
 #endif
   for (; d + 8 * L <= D; d += 8 * L) {
-    block<S, A, 8, B>(call, work, d);
+    block<S, A, 8, B>(call, work, d, D);
   }
   if (d + 4 * L <= D) {
-    block<S, A, 4, B>(call, work, d);
+    block<S, A, 4, B>(call, work, d, D);
     d += 4 * L;
   }
   if (d + 2 * L <= D) {
-    block<S, A, 2, B>(call, work, d);
+    block<S, A, 2, B>(call, work, d, D);
     d += 2 * L;
   }
   if (d + L <= D) {
-    block<S, A, 1, B>(call, work, d);
+    block<S, A, 1, B>(call, work, d, D);
     d += L;
   }
 #if COLLM_LANE_BYTES > 32
   if (d + 32 / static_cast<int64_t>(sizeof(A)) <= D) {
-    block<S, A, 1, 32>(call, work, d);
+    block<S, A, 1, 32>(call, work, d, D);
     d += 32 / sizeof(A);
   }
 #endif
 #if COLLM_LANE_BYTES > 16
   if (d + 16 / static_cast<int64_t>(sizeof(A)) <= D) {
-    block<S, A, 1, 16>(call, work, d);
+    block<S, A, 1, 16>(call, work, d, D);
     d += 16 / sizeof(A);
   }
 #endif
@@ -319,30 +320,49 @@ void row(const LayerCall<A>& call, const RowWork<A>& work) {
   }
 }
 
-// Rows [first, first + count) of a layer: their edges are col[begin[i] .. end[i]); all of col up to `last` is readable.
-template <typename S, typename A>
-void rows(const LayerCall<A>& call, const RowRange& range, A* buffer) {
-  RowWork<A> work{range.col, 0, 0, range.last, nullptr, nullptr, A(0), A(0), nullptr};
-  const int64_t bytes = call.D * element_bytes(call.out_type);
+// Rows of a layer whose D is V vectors; V = 0: of any D.
+template <typename S, typename A, int V>
+__attribute__((always_inline)) inline void rows_of(const LayerCall<A>& call, const RowRange& range, A* buffer) {
+  constexpr int64_t kD = V * COLLM_LANE_BYTES / static_cast<int64_t>(sizeof(A));
+  const int64_t D = V > 0 ? kD : call.D;
+  const int64_t bytes = D * element_bytes(call.out_type);
   const A* x = call.x.in_place();
   for (int64_t i = 0; i < range.count; ++i) {
     const int64_t position = range.first + i, node = range.nodes == nullptr ? position : range.nodes[position];
+    const A* own;
     if (x != nullptr) {
-      work.x = x + node * call.x.stride[0];
+      own = x + node * call.x.stride[0];
       // Two rows on, while this one's edges are gathered. Fetched only, so the row need not exist.
-      const uintptr_t next = reinterpret_cast<uintptr_t>(work.x) + 2 * call.x.stride[0] * sizeof(A);
-      for (int64_t line = 0; line < call.D * static_cast<int64_t>(sizeof(A)); line += 64) {
+      const uintptr_t next = reinterpret_cast<uintptr_t>(own) + 2 * call.x.stride[0] * sizeof(A);
+      for (int64_t line = 0; line < D * static_cast<int64_t>(sizeof(A)); line += 64) {
         __builtin_prefetch(reinterpret_cast<const void*>(next + line));
       }
     } else {
-      work.x = call.x.row(node, call.D, buffer);
+      own = call.x.row(node, D, buffer);
     }
-    work.begin = range.begin[i];
-    work.end = range.end[i];
-    work.a = call.a(node);
-    work.b = call.b(node);
-    work.out = static_cast<char*>(call.out) + position * bytes;
-    row<S, A>(call, work);
+    const RowWork<A> work{range.col,    range.begin[i], range.end[i],
+                          range.last,   nullptr,        own,
+                          call.a(node), call.b(node),   static_cast<char*>(call.out) + position * bytes};
+    if constexpr (V > 0) {
+      block<S, A, V, COLLM_LANE_BYTES>(call, work, 0, D);
+    } else {
+      row<S, A>(call, work);
+    }
+  }
+}
+
+// Rows [first, first + count) of a layer: their edges are col[begin[i] .. end[i]); all of col up to `last` is readable.
+// The widths that are one block of vectors have a loop of their own: a row has few edges, and what it costs beside them
+// shows.
+template <typename S, typename A>
+void rows(const LayerCall<A>& call, const RowRange& range, A* buffer) {
+  constexpr int64_t L = COLLM_LANE_BYTES / static_cast<int64_t>(sizeof(A));
+  if (call.D == 4 * L) {
+    rows_of<S, A, 4>(call, range, buffer);
+  } else if (call.D == 8 * L) {
+    rows_of<S, A, 8>(call, range, buffer);
+  } else {
+    rows_of<S, A, 0>(call, range, buffer);
   }
 }
 
