@@ -165,12 +165,13 @@ class Suite:
         for impl, fn in impls.items():
             begin = time.perf_counter()
             try:
-                errors[impl], running[impl] = distance(_listed(fn()), truth), fn
+                outputs = _listed(fn())
+                seconds[impl] = time.perf_counter() - begin
+                errors[impl], running[impl] = distance(outputs, truth), fn
             except (RuntimeError, ValueError, TypeError, ImportError) as error:
                 if impl == "ours":
                     raise
                 self.failures.append(f"{title} {impl}: {str(error).splitlines()[0]}")
-            seconds[impl] = time.perf_counter() - begin
         return errors, running, seconds
 
     def _times(self, impls: Impls, first: Mapping[str, float]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
