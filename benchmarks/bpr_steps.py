@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from collm_fast import BipartiteGraph
 from collm_fast.config import BPRConfig
 from collm_fast.data.sampler import Batch, batches_of, sample_triples
-from collm_fast.models.cf.mf import pair_scores
-from collm_fast.training.bpr import bpr_backward, bpr_loss
+from collm_fast.training.bpr import backward_from, bpr_backward
 
 # The embedding of all nodes from that of layer 0.
 Propagate = Callable[[Tensor], Tensor]
@@ -49,15 +48,7 @@ def ours(x: Tensor, graph: BipartiteGraph, batch: Batch, config: BPRConfig) -> h
 def untrimmed_backward(table: Tensor, batch: Batch, config: BPRConfig, propagate: Propagate) -> Tensor:
     """`bpr_backward` by a product that computes every row of every layer."""
     table.grad = None
-    loss = bpr_loss(pair_scores(propagate(table).index_select(0, batch.rows), batch.slots))
-    loss.backward()  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        assert table.grad is not None
-        own = table.index_select(0, batch.rows)
-        decay = own * (batch.counts * (config.l2 / batch.slots.shape[1]))[:, None]
-        loss = loss.detach() + 0.5 * (own * decay).sum(1).sum()
-        table.grad.index_copy_(0, batch.rows, decay.add_(table.grad.index_select(0, batch.rows)))
-    return loss
+    return backward_from(propagate(table).index_select(0, batch.rows), table, batch, config)
 
 
 def untrimmed(x: Tensor, graph: BipartiteGraph, batch: Batch, config: BPRConfig, propagate: Propagate) -> harness.Impl:

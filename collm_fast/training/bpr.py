@@ -62,6 +62,20 @@ def bpr_loss(scores: Tensor) -> Tensor:
     return F.softplus(scores[1] - scores[0]).mean()
 
 
+def backward_from(nodes: Tensor, table: Tensor, batch: Batch, config: BPRConfig) -> Tensor:
+    """`bpr_backward` from the propagated rows of a batch, nodes [R, D]; table.grad is None before."""
+    loss = bpr_loss(pair_scores(nodes, batch.slots))
+    loss.backward()
+    with torch.no_grad():
+        assert table.grad is not None
+        # The term of the layer-0 rows touches these rows only: through autograd it would cost a table of zeros.
+        own = table.index_select(0, batch.rows)
+        decay = own * (batch.counts * (config.l2 / batch.slots.shape[1]))[:, None]
+        loss = loss.detach() + 0.5 * (own * decay).sum(1).sum()
+        table.grad.index_copy_(0, batch.rows, decay.add_(table.grad.index_select(0, batch.rows)))
+    return loss
+
+
 def bpr_backward(
     table: Tensor, graph: BipartiteGraph, batch: Batch, config: BPRConfig, seed: Tensor | int | None = None
 ) -> Tensor:
@@ -89,16 +103,7 @@ def bpr_backward(
         dropout_p=config.edge_dropout,
         seed=seed,
     )
-    loss = bpr_loss(pair_scores(nodes, batch.slots))
-    loss.backward()
-    with torch.no_grad():
-        assert table.grad is not None
-        # The term of the layer-0 rows touches these rows only: through autograd it would cost a table of zeros.
-        own = table.index_select(0, batch.rows)
-        decay = own * (batch.counts * (config.l2 / batch.slots.shape[1]))[:, None]
-        loss = loss.detach() + 0.5 * (own * decay).sum(1).sum()
-        table.grad.index_copy_(0, batch.rows, decay.add_(table.grad.index_select(0, batch.rows)))
-    return loss
+    return backward_from(nodes, table, batch, config)
 
 
 def fit_lightgcn(
