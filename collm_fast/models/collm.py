@@ -45,6 +45,7 @@ class CoLLM(nn.Module):
         yes_id, no_id: the answers' vocabulary ids (`answer_ids`). loss: which logit is read.
         cf, mapper: None for text-only prompts; a mapper needs a cf.
         stats: the tables that a `+stats` mapper reads beside the embedding.
+        decoder: False: the model's own packed forward, without the check that `Decoder.of` makes.
         kv_cache_gb: keeps keys and values of prefixes of fixed text (before the first injected row) in so many GiB,
             while nothing in the language model trains; 0: none. A prefix is then run by itself where it is not found.
     The language model stays in eval mode whatever `train()` says; only mapper and LoRA layers follow it.
@@ -67,6 +68,7 @@ class CoLLM(nn.Module):
         mapper: Mapper | None = None,
         stats: IdStatistics | None = None,
         kv_cache_gb: float = 0.0,
+        decoder: bool = True,
     ) -> None:
         super().__init__()
         vocabulary, self.H = llm.get_input_embeddings().weight.shape
@@ -85,7 +87,7 @@ class CoLLM(nn.Module):
         self.packed = family in FAMILIES
         if self.packed:
             llm.set_attn_implementation(register())
-            self.decoder = Decoder.of(llm)
+            self.decoder = Decoder.of(llm) if decoder else None
         else:
             known = ", ".join(FAMILIES)
             _log.warning("%s runs padded through its own forward; packed prompts are for %s", family, known)
