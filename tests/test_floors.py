@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     0: {"config", "reference", "metrics", "graph", "_native", "kernels"},
     1: {"ops", "io", "sharding", "exchange", "distributed", "ranking"},
-    2: {"data", "models", "environment"},
+    2: {"data", "models", "environment", "peft"},
     3: {
         "training",
         "evaluate",
