@@ -121,11 +121,15 @@ def stage_drop(record: Mapping[str, Any], row: str) -> str | None:
 def no_gain(record: Mapping[str, Any], row: str) -> str | None:
     """A sentence where training did not raise the validation AUC, else None."""
     stage = record.get(row)
-    if not stage or stage.get("steps") == 0 or stage["best_auc"] > stage["first_auc"]:
+    if not stage or stage.get("steps") == 0:
+        return None
+    # The state before the first step was scored on the sample where there was one: like is compared with like.
+    kept = stage.get("interim", {}).get("auc", stage["best_auc"])
+    if kept > stage["first_auc"]:
         return None
     return (
         f"Training did not raise the validation AUC of {row_name(row)}: {stage['first_auc']:.3f} before the first "
-        f"step, {stage['best_auc']:.3f} in the kept state."
+        f"step, {kept:.3f} in the kept state."
     )
 
 

@@ -212,6 +212,9 @@ class TrainConfig:
     limit_train: int | None = None
     limit_valid: int | None = None  # None: as limit_eval
     limit_eval: int | None = None
+    # Evaluations during a stage score so many of the validation rows, a fixed sample of whole users; at the end all
+    # rows are scored for the at most three best states that the sample's interval cannot tell apart. None: all, always.
+    valid_rows: int | None = None
     max_steps: int | None = None  # caps every stage
     resume: Literal["never", "auto"] = "never"
     # A run's folder, or one of import-official: stage 1 begins with its adapter, stage 2 stands on it and begins with
@@ -235,7 +238,7 @@ class TrainConfig:
     stage2: StageConfig = field(default_factory=StageConfig)
 
     def __post_init__(self) -> None:
-        for name in ("limit_train", "limit_valid", "limit_eval", "max_steps"):
+        for name in ("limit_train", "limit_valid", "limit_eval", "valid_rows", "max_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         _require_seed(self.seed)

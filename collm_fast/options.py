@@ -51,6 +51,8 @@ HELP = {
     "tokens_per_batch": "packed tokens of one forward when scoring",
     "top_k": "items to keep for each user",
     "users": "user ids, separated by commas",
+    "valid_rows": "evaluations during a stage score a fixed sample of so many validation rows, whole users; "
+    "the best three states are scored on all of them",
 }
 
 

@@ -179,11 +179,14 @@ def _notes(folder: RunFolder) -> list[Block]:
     notes = []
     for row, stage in record.get("stages", {}).items():
         if "train_rows" in stage:
+            interim = stage.get("interim")
+            first = "" if interim else f"; {stage['first_auc']:.3f} before the first step"
             text = (
                 f"{row} took {stage['steps']} optimizer steps over {stage['train_rows']} training rows and kept the "
-                f"state of step {stage['best_step']} (validation AUC {stage['best_auc']:.3f}; "
-                f"{stage['first_auc']:.3f} before the first step)."
+                f"state of step {stage['best_step']} (validation AUC {stage['best_auc']:.3f}{first})."
             )
+            if interim:
+                text += f" {_interim(interim, stage['first_auc'], rows.get('valid'))}"
             if "inputs" in stage:
                 text += f" The mapper read: {stage['inputs']}."
             notes.append(text)
@@ -195,6 +198,18 @@ def _notes(folder: RunFolder) -> list[Block]:
             "validation rows, whole users."
         )
     return [Heading("What was done"), Items(notes)] if notes else []
+
+
+def _interim(interim: Mapping[str, Any], first: float, all_rows: int | None) -> str:
+    """The sentence on a stage whose evaluations scored a sample of the validation rows."""
+    scored, margin = interim["scored_on_all_rows"], interim["margin"]
+    each = ", ".join(f"step {state['step']}: {state['auc']:.3f}" for state in scored)
+    near = "" if margin is None else f", those within {margin:.3f} (half the width of its interval) of the best"
+    return (
+        f"Its {interim['evaluations']} evaluations scored a fixed sample of {interim['rows']} validation rows, whole "
+        f"users: AUC {with_interval(interim, 'auc')} for the kept state, {first:.3f} before the first step; "
+        f"{len(scored)} of the states{near}, were then scored on all {all_rows} ({each})."
+    )
 
 
 def _prompts(folder: RunFolder) -> list[Block]:

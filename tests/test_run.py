@@ -27,7 +27,7 @@ from collm_fast.training import pipeline
 from collm_fast.training.controls import logistic_scores
 from collm_fast.training.interrupt import Interrupted
 from collm_fast.training.stages import load_mapper, set_trainable, with_biases
-from collm_fast.training.subsets import whole_groups, whole_users
+from collm_fast.training.subsets import choose_rows, valid_sample, whole_groups, whole_users
 
 OPTIONS = {
     "limit_train": 32,
@@ -90,6 +90,25 @@ def test_a_run_of_relative_paths_opens_from_another_folder(world, tmp_path, monk
     collm_fast.train("data", "llm", "mf", tmp_path / "run", **{**OPTIONS, "stage": "lora", "max_steps": 1})
     monkeypatch.chdir(tmp_path)
     assert collm_fast.open_run("run").score(["u1"], [105]).shape == (1,)
+
+
+def test_a_run_evaluates_on_a_sample_of_whole_users(world, tmp_path):
+    run = collm_fast.train(world / "data", world / "llm", "mf", tmp_path / "run", **OPTIONS, valid_rows=12)
+    dataset, plain = run.dataset, collm_fast.open_run(world / "run")
+    valid = dataset.splits["valid"].take(choose_rows(run.config, dataset, 0.2)["valid"])
+    sample = valid_sample(run.config, valid)
+    inside = np.isin(valid.uid, valid.uid[sample])
+    assert np.array_equal(np.flatnonzero(inside), sample) and 12 <= sample.size < len(valid)
+    for row in ("stage1", "stage2"):
+        stage = run.record["stages"][row]
+        assert stage["interim"]["rows"] == sample.size
+        assert run.metrics[row]["valid"]["all"]["rows"] == len(valid)
+        assert run.metrics[row]["valid"]["all"]["auc"] == stage["best_auc"]
+    curves = [json.loads((folder / "history.json").read_text())["stage1"] for folder in (run.path, plain.path)]
+    assert curves[0]["loss"] == curves[1]["loss"] and len(curves[0]["valid_low"]) == len(curves[0]["eval_step"])
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    assert f"scored a fixed sample of {sample.size} validation rows, whole users" in text
+    assert valid_sample(from_mapping(TrainConfig, {"valid_rows": len(valid)}), valid) is None
 
 
 def test_bad_ids_and_lengths(world):

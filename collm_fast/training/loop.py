@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
-from collm_fast import metrics
 from collm_fast.config import StageConfig
 from collm_fast.data.packing import batches, pack
 from collm_fast.data.prompts import Prompts
@@ -30,6 +30,7 @@ from collm_fast.models.lora import set_step_seed
 from collm_fast.ops import check_device_errors
 from collm_fast.training.interrupt import Interrupted, Stop
 from collm_fast.training.state import History, StageState
+from collm_fast.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class LoopOptions:
     order: Literal["group", "random"] = "group"
     pairs: bool = False
     tokens_per_batch: int = 8192
+    sample: NDArray[np.int64] | None = None  # positions of the validation rows that an evaluation scores; None: all
     checkpoint_minutes: float = 5.0
     resume: bool = False
     progress: bool = True
@@ -53,7 +55,10 @@ class LoopOptions:
 
 @dataclass(frozen=True)
 class LoopResult:
-    """What a stage ended with; the model holds the parameters of `best_step`."""
+    """What a stage ended with; the model holds the parameters of `best_step`.
+
+    `best_auc` and `valid_logits` are of all validation rows; `interim` is `Validation.record`.
+    """
 
     steps: int
     best_step: int
@@ -62,6 +67,7 @@ class LoopResult:
     history: History
     resumed_from: int | None
     prompts: int
+    interim: dict[str, Any] | None = None
 
 
 def total_steps(config: StageConfig, rows: int, cap: int | None = None) -> int:
@@ -99,45 +105,52 @@ def train_stage(
     """Train `parameters` for `total` steps, or until the validation AUC stops rising, and keep the best state.
 
     Evaluates at step 0 (a state that is never kept), every `eval_every` steps and at the end; saves a checkpoint at
-    each of these, every `checkpoint_minutes` and when asked to stop.
+    each of these, every `checkpoint_minutes` and when asked to stop. With `options.sample` an evaluation scores these
+    validation rows only; at the end all rows are scored for the at most three best states whose AUC on the sample is
+    within half the width of its 95 % interval of the best one's, and the best of them by all rows is kept.
 
     Raises:
-        ValueError for a validation sample of one class.
+        ValueError for validation rows, or a sample, of one class.
         FloatingPointError for a loss or gradient that is not finite, naming the step and the rows; the parameters are
             not updated.
         Interrupted after a signal, once the state is saved.
     """
-    if len(set(valid.label.tolist())) < 2:
-        raise ValueError(f"{options.name}: expected validation rows of both labels, got {valid.label.size} of one")
-    loop = StageState(parameters, config)
+
+    def score(model: CoLLM, rows: Prompts) -> NDArray[np.float32]:
+        return score_prompts(
+            model,
+            rows,
+            tokens_per_batch=options.tokens_per_batch,
+            pairs=options.pairs,
+            progress=f"{options.name} validation" if options.progress else None,
+            check=stop.check,
+        )
+
+    validation = Validation(options.name, valid, options.sample, options.seed, score)
+    loop = StageState(parameters, config, validation.candidates)
     found = checkpoints.latest(options.folder) if options.resume else None
     if found is not None:
         loop.restore(found)
     resumed_from = found.step if found else None
     bar = tqdm(total=total, initial=loop.step, desc=options.name, unit="step", disable=not options.progress)
-    saved, training_seconds, prompts = time.monotonic(), 0.0, 0
+    saved, training_seconds, prompts, shown = time.monotonic(), 0.0, 0, ""
     order, epoch = _epoch(train, config, options, loop.epoch), loop.epoch
     with stop.held(), bar:
         while True:
             due = loop.step % config.eval_every == 0 or loop.step == total
             if due and loop.evaluated != loop.step:
                 try:
-                    logits = score_prompts(
-                        model,
-                        valid,
-                        tokens_per_batch=options.tokens_per_batch,
-                        pairs=options.pairs,
-                        progress=f"{options.name} validation" if options.progress else None,
-                        check=stop.check,
-                    )
+                    auc, interval = validation.evaluate(model, loop)
                 except Interrupted:
                     _save(loop, options)
                     raise
-                check_finite(options.name, "validation", logits, loop.step)
-                value = metrics.auc(logits, valid.label).value
-                loop.evaluation(value, logits)
-                _event(options, "valid/auc", value, loop.step)
-                logger.debug("%s step %d: validation AUC %.4f", options.name, loop.step, value)
+                _event(options, "valid/auc", auc, loop.step)
+                shown = f", validation AUC {auc:.4f}"
+                if interval is not None:
+                    _event(options, "valid/auc_low", interval.low, loop.step)
+                    _event(options, "valid/auc_high", interval.high, loop.step)
+                    shown += f" [{interval.low:.4f}, {interval.high:.4f}]"
+                logger.debug("%s step %d%s", options.name, loop.step, shown)
                 _save(loop, options)
                 saved = time.monotonic()
             stale = config.patience is not None and loop.waited >= config.patience
@@ -174,7 +187,7 @@ def train_stage(
             prompts += rows.size
             training_seconds += time.monotonic() - started
             speed = prompts / training_seconds
-            bar.set_postfix_str(f"loss {value:.3f}, {speed:.1f} prompts/s", refresh=False)
+            bar.set_postfix_str(f"loss {value:.3f}, {speed:.1f} prompts/s{shown}", refresh=False)
             bar.update()
             _event(options, "train/loss", value, loop.step)
             _event(options, "train/lr", rate, loop.step)
@@ -182,19 +195,12 @@ def train_stage(
             if time.monotonic() - saved > 60.0 * options.checkpoint_minutes:
                 _save(loop, options)
                 saved = time.monotonic()
-    loop.load_best()
-    best = loop.best_logits.numpy()
-    return LoopResult(loop.step, loop.best_step, loop.best_auc, best, loop.history, resumed_from, prompts)
-
-
-def check_finite(stage: str, sample: str, logits: np.ndarray, step: int) -> None:
-    """Raises: FloatingPointError that names the first row whose score is not finite."""
-    if not np.isfinite(logits).all():
-        bad = int(np.flatnonzero(~np.isfinite(logits))[0])
-        raise FloatingPointError(
-            f"{stage}: expected finite {sample} scores, got {logits[bad]} at step {step}, "
-            f"row {bad} of the {sample} sample"
-        )
+        best = validation.choose(model, loop, lambda: _save(loop, options))
+    auc, logits = validation.auc(best), best.logits if best.all_logits is None else best.all_logits
+    if options.sample is not None:
+        _event(options, "valid/auc_all_rows", auc, best.step)
+    record = validation.record(loop, best)
+    return LoopResult(loop.step, best.step, auc, logits.numpy(), loop.history, resumed_from, prompts, record)
 
 
 def _not_finite(stage: str, what: str, value: float, step: int, rows: np.ndarray) -> FloatingPointError:
@@ -217,4 +223,4 @@ def _event(options: LoopOptions, tag: str, value: float, step: int) -> None:
 
 def _save(loop: StageState, options: LoopOptions) -> None:
     checkpoints.save(options.folder, loop.snapshot())
-    checkpoints.prune(options.folder, {loop.step, loop.best_step})
+    checkpoints.prune(options.folder, {loop.step, *(state.step for state in loop.kept)})

@@ -32,7 +32,7 @@ from collm_fast.report import write_report
 from collm_fast.training.cf import fit_cf, held_out_rows
 from collm_fast.training.controls import control_scores
 from collm_fast.training.interrupt import Stop
-from collm_fast.training.loop import LoopOptions, check_finite, total_steps, train_stage
+from collm_fast.training.loop import LoopOptions, total_steps, train_stage
 from collm_fast.training.record import begin, is_done, last_step, undone_on_bad_input
 from collm_fast.training.scores import add_controls, add_scores, baseline_scores
 from collm_fast.training.stages import (
@@ -47,7 +47,8 @@ from collm_fast.training.stages import (
     with_biases,
 )
 from collm_fast.training.start import begin_adapter, begin_mapper, check_start, only_scored, take_adapter
-from collm_fast.training.subsets import IntArray, choose_rows, given_cf, held_out_of, warn_of_unused
+from collm_fast.training.subsets import IntArray, choose_rows, given_cf, held_out_of, valid_sample, warn_of_unused
+from collm_fast.training.validation import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +232,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         order=config.order,
         pairs="+pair" in row,
         tokens_per_batch=config.tokens_per_batch,
+        sample=valid_sample(config, work.split("valid")),
         checkpoint_minutes=config.checkpoint_minutes,
         resume=work.resume,
         progress=work.progress,
@@ -267,6 +269,8 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         "train_rows": len(train.label),
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
     }
+    if result.interim is not None:
+        record["interim"] = result.interim
     if mapper is not None:
         biases = ", with the collaborative model's biases" if work.cf.user_bias is not None else ""
         record["inputs"] = mapper.config.inputs + biases

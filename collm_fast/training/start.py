@@ -19,9 +19,10 @@ from collm_fast.io.peft import CONFIG, load_adapter
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.mapper import Mapper
 from collm_fast.training.interrupt import Stop
-from collm_fast.training.loop import LoopOptions, LoopResult, check_finite
+from collm_fast.training.loop import LoopOptions, LoopResult
 from collm_fast.training.stages import load_mapper
 from collm_fast.training.state import History
+from collm_fast.training.validation import check_finite
 
 ADAPTER, MAPPER = "adapter", "mapper.safetensors"
 

@@ -54,6 +54,17 @@ def _whole(group: IntArray, limit: int | None, seed: int) -> IntArray:
     return np.flatnonzero(np.isin(group, order[:needed]))
 
 
+def valid_sample(config: TrainConfig, valid: Split) -> IntArray | None:
+    """Positions in the run's validation rows that an evaluation during a stage scores: whole users, the same each time.
+
+    None where it scores all of them.
+    """
+    if config.valid_rows is None or config.valid_rows >= len(valid):
+        return None
+    sample = whole_users(valid, config.valid_rows, derived_seed(config.seed, "rows", "valid sample"))
+    return sample if sample.size < len(valid) else None
+
+
 def given_cf(config: TrainConfig, dataset: Dataset, run: Path | None = None) -> CFModel | None:
     """The fitted model that the folder `run` holds or `cf` points to, or None where it names a model to be fitted.
 
