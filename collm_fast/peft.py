@@ -193,6 +193,8 @@ def _adapter_obstacle(layer: Linear, adapter: _Adapter, dtype: torch.dtype) -> s
     name, lora_A, lora_B, dropout = adapter
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+    if not isinstance(layer.scaling[name], float | int):
+        return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} for scaling (compiled hot-swapping)"
     if not (_is_plain(lora_A, nn.Linear) and _is_plain(lora_B, nn.Linear)):
         return f"adapter {name!r} computes something else than two nn.Linear or has hooks"
     if lora_A.bias is not None or lora_B.bias is not None:

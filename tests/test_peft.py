@@ -261,6 +261,7 @@ NOT_SERVED: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
     ({}, lambda m: m.lora_A.default.register_forward_hook(hook), {}),
     ({}, lambda m: (m.double(), m.lora_A.bfloat16(), m.lora_B.bfloat16()), {}),
     ({}, lambda m: m.lora_dropout.update({"default": nn.Tanh()}), {}),
+    ({}, lambda m: m.scaling.update({"default": torch.tensor(2.0)}), {}),
     ({}, lambda m: None, {"adapter_names": ["default", "__base__"]}),
 ]
 

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import requires
 from peft_models import IDS, adapters, layers, llm, small
 from ranks import Ranks
 from torch import Tensor
@@ -102,6 +103,24 @@ def test_inductor_repeats_the_mask_of_forward_in_backward() -> None:
         sums.append(y.item())
     assert len(set(sums)) == 3
     torch._dynamo.reset()
+
+
+@requires("cuda")
+def test_a_captured_forward_draws_new_masks() -> None:
+    model, x = small(True, r=4, lora_dropout=0.5).cuda(), torch.ones(64, 24, device="cuda")
+    with torch.no_grad():
+        beside = torch.cuda.Stream()
+        with torch.cuda.stream(beside):
+            model(x)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x)
+    seen = []
+    for _ in range(2):
+        graph.replay()
+        seen.append(y.clone())
+    assert not torch.equal(seen[0], seen[1])
 
 
 @pytest.fixture(scope="module")
