@@ -6,6 +6,7 @@ Knows the file format only; the layers are models/lora.py, recognised by their l
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ def write_adapter(tensors: dict[str, Tensor], folder: str | Path, base_name: str
 def read_adapter_config(folder: str | Path) -> LoraConfig:
     """The LoraConfig of a PEFT adapter folder, for `add_lora`.
 
+    rsLoRA's alpha / sqrt(r) comes back as the alpha that gives the same scaling as alpha / r.
     Raises: ValueError for a file that is missing or no JSON object, or for a setting that our layers do not compute
-        (DoRA, rsLoRA, per-module ranks, trained biases).
+        (DoRA, per-module ranks, trained biases).
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -101,7 +103,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         raise ValueError(f"read_adapter_config: expected a JSON object in {path}, got {type(settings).__name__}")
     for name, value in _PLAIN.items():
         got = settings.get(name, value)
-        if got != value and (got or value):
+        if name != "use_rslora" and got != value and (got or value):
             raise ValueError(f"read_adapter_config: expected {name}={value!r} in {path}, got {got!r}")
     targets = settings.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -109,9 +111,11 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     for name in ("r", "lora_alpha"):
         if not isinstance(settings.get(name), int | float):
             raise ValueError(f"read_adapter_config: expected a number {name} in {path}, got {settings.get(name)!r}")
+    # A rank below 1 is named by LoraConfig.
+    stretch = math.sqrt(max(settings["r"], 1)) if settings.get("use_rslora") else 1
     values = {
         "r": settings["r"],
-        "alpha": settings["lora_alpha"],
+        "alpha": settings["lora_alpha"] * stretch,
         "dropout": settings.get("lora_dropout") or 0.0,
         "target_modules": targets,
     }

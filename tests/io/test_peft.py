@@ -96,6 +96,26 @@ def test_we_read_stock_peft(family: str, tmp_path: Path) -> None:
         assert (stock(IDS).logits - model(IDS).logits).abs().max() <= 1e-5
 
 
+def test_rslora_becomes_the_alpha_of_the_same_scaling(tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    stock = peft.get_peft_model(llm("llama"), config)
+    for name, parameter in stock.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    stock.save_pretrained(tmp_path / "stock")
+    ours = read_adapter_config(tmp_path / "stock")
+    assert ours.alpha / ours.r == 3 / 2
+    model = with_lora("llama", ours)
+    load_adapter(model, tmp_path / "stock")
+    save_adapter(model, tmp_path / "plain", "base", ours)
+    again = peft.PeftModel.from_pretrained(llm("llama"), tmp_path / "plain")
+    with torch.no_grad():
+        for other in (model, again):
+            assert (stock(IDS).logits - other(IDS).logits).abs().max() <= 1e-5
+
+
 def test_a_round_trip_keeps_every_bit_and_replaces_what_was_there(tmp_path: Path) -> None:
     model, other = with_lora("llama"), with_lora("llama")
     for _, layer in lora_layers(other):
@@ -127,7 +147,7 @@ def test_a_model_without_lora_layers(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         ({"use_dora": True}, "expected use_dora=False in .*, got True"),
-        ({"use_rslora": True}, "expected use_rslora=False in .*, got True"),
+        ({"use_rslora": True, "r": -1}, r"adapter_config.json: r: expected in \[1, 256\], got -1"),
         ({"bias": "all"}, "expected bias='none' in .*, got 'all'"),
         ({"peft_type": "IA3"}, "expected peft_type='LORA' in .*, got 'IA3'"),
         ({"rank_pattern": {"q_proj": 2}}, "expected rank_pattern={} in .*, got {'q_proj': 2}"),
