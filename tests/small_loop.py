@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
-from small_llm import random_prompts, small_model
+from small_llm import ITEMS, USERS, H, random_prompts, small_model
 
-from collm_fast.config import LoraConfig, StageConfig
+from collm_fast.config import CFConfig, LoraConfig, MapperConfig, StageConfig
+from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.lora import add_lora
+from collm_fast.models.mapper import Mapper
 from collm_fast.training.interrupt import Stop
 from collm_fast.training.loop import LoopOptions, train_stage
 from collm_fast.training.stages import set_trainable
@@ -21,6 +24,17 @@ def lora_model(dropout: float = 0.1) -> CoLLM:
     llm = small_model("llama")
     add_lora(llm, LoraConfig(r=4, dropout=dropout), torch.Generator().manual_seed(1))
     return CoLLM(llm, yes_id=5, no_id=6)
+
+
+def mapper_model(**changes: Any) -> CoLLM:
+    """Stage 2: a mapper of random weights over random collaborative tables, no LoRA."""
+    generator = torch.Generator().manual_seed(2)
+    user, item = (torch.randn(rows, 4, generator=generator) for rows in (USERS, ITEMS))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        mapper = Mapper(4, H, MapperConfig(hidden_factor=2), 0)
+    cf = CFModel("mf", CFConfig(), user, item)
+    return CoLLM(small_model("llama"), yes_id=5, no_id=6, cf=cf, mapper=mapper, **changes)
 
 
 def options(folder, **changes) -> LoopOptions:

@@ -111,6 +111,22 @@ def test_a_run_evaluates_on_a_sample_of_whole_users(world, tmp_path):
     assert valid_sample(from_mapping(TrainConfig, {"valid_rows": len(valid)}), valid) is None
 
 
+def test_dropout_per_sample_shares_no_prefix_where_masks_are_drawn(world, tmp_path, monkeypatch):
+    real, shared = pipeline.train_stage, []
+
+    def look(*arguments):
+        shared.append(arguments[6].share_prefix)
+        return real(*arguments)
+
+    monkeypatch.setattr(pipeline, "train_stage", look)
+    options = {**OPTIONS, "max_steps": 1, "lora": {"dropout_per": "sample"}}
+    collm_fast.train(world / "data", world / "llm", "mf", tmp_path / "a", **options)
+    collm_fast.train(world / "data", world / "llm", "mf", tmp_path / "b", **options, stage2_lora_dropout=True)
+    options["lora"] = {"dropout_per": "sample", "dropout": 0.0}
+    collm_fast.train(world / "data", world / "llm", "mf", tmp_path / "c", **options, stage2_lora_dropout=True)
+    assert shared == [False, True, False, False, True, True]
+
+
 def test_bad_ids_and_lengths(world):
     run = collm_fast.open_run(world / "run")
     with pytest.raises(ValueError, match="'nobody'"):

@@ -47,9 +47,12 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def check_new(cls, path: Path, config: Mapping[str, Any], resume: bool) -> bool:
+    def check_new(
+        cls, path: Path, config: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] | None = None
+    ) -> bool:
         """Whether to continue what `path` holds; writes nothing.
 
+        Args: defaults: what keys mean that a run of an earlier version does not name.
         Raises: ValueError if it holds a run and may not be continued, or holds one of another configuration.
         """
         first = next((place for place in (path, *path.parents) if place.exists()), path)
@@ -59,7 +62,7 @@ class RunFolder:
             return False
         if not resume:
             raise ValueError(f"out: expected a folder without a run, got {path}; --resume auto continues it")
-        held = read_yaml(path / "config.yaml")
+        held = _completed(read_yaml(path / "config.yaml"), defaults or {})
         for key in sorted(config.keys() | held.keys()):
             if key not in FREE_KEYS and config.get(key) != held.get(key):
                 name, now, then = _first_difference(key, config.get(key), held.get(key))
@@ -137,6 +140,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path}: expected a YAML mapping of names, got {type(values).__name__}")
     return values
+
+
+def _completed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, with what they do not name from `defaults`, in nested mappings too."""
+    nested = {
+        key: _completed(value, defaults[key])
+        for key, value in values.items()
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+    }
+    return {**defaults, **values, **nested}
 
 
 def _first_difference(key: str, now: Any, then: Any) -> tuple[str, Any, Any]:

@@ -152,6 +152,11 @@ def set_dropout(model: nn.Module, on: bool) -> None:
         layer.dropout_on = on
 
 
+def may_draw(model: nn.Module) -> bool:
+    """Whether a LoRA layer of the model draws dropout masks when it trains."""
+    return any(layer.dropout_on and layer.dropout > 0.0 for _, layer in lora_layers(model))
+
+
 def _splitmix64(z: int) -> int:
     # Steele, Lea and Flood, Fast splittable pseudorandom number generators (OOPSLA 2014): a bijection of 64 bits.
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _WORD64

@@ -21,7 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from collm_fast.config import StageConfig
-from collm_fast.data.packing import batches, pack
+from collm_fast.data.packing import Order, PackedBatch, batches, pack
 from collm_fast.data.prompts import Prompts
 from collm_fast.evaluate import score_prompts
 from collm_fast.io import checkpoints
@@ -45,7 +45,8 @@ class LoopOptions:
     device: torch.device
     order: Literal["group", "random"] = "group"
     pairs: bool = False
-    tokens_per_batch: int = 8192
+    share_prefix: bool = True  # in training; evaluation always shares
+    tokens_per_batch: int = 8192  # of one forward, in training and evaluation
     sample: NDArray[np.int64] | None = None  # positions of the validation rows that an evaluation scores; None: all
     checkpoint_minutes: float = 5.0
     resume: bool = False
@@ -164,19 +165,11 @@ def train_stage(
             if epoch != loop.epoch:
                 order, epoch = _epoch(train, config, options, loop.epoch), loop.epoch
             rows = order[loop.position]
-            batch = pack(train, rows, pairs=options.pairs)
             rate = learning_rate(config, loop.step, total)
             for group in loop.optimizer.param_groups:
                 group["lr"] = rate
-            set_step_seed(model, derived_seed(options.seed, options.name, "dropout", loop.step))
-            model.train()
-            loss = binary_cross_entropy_with_logits(model(batch), batch.label.to(options.device))
-            value = loss.item()
-            if not math.isfinite(value):
-                raise _not_finite(options.name, "loss", value, loop.step, rows)
-            check_device_errors()
             loop.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            value = add_gradient(model, train, rows, options, loop.step)
             limit = math.inf if config.clip_norm is None else config.clip_norm
             norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit).item()
             if not math.isfinite(norm):
@@ -201,6 +194,43 @@ def train_stage(
         _event(options, "valid/auc_all_rows", auc, best.step)
     record = validation.record(loop, best)
     return LoopResult(loop.step, best.step, auc, logits.numpy(), loop.history, resumed_from, prompts, record)
+
+
+def add_gradient(model: CoLLM, train: Prompts, rows: NDArray[np.int64], options: LoopOptions, step: int) -> float:
+    """Add the gradient of the mean loss of `rows` to the parameters' own; returns that loss.
+
+        loss = sum_m (rows of m / all rows) mean_m,   m: the batch's parts of at most `tokens_per_batch` packed tokens
+
+    Dropout masks are drawn anew in every part: with dropout, the parts of a batch are not its whole to the bit.
+    Raises: FloatingPointError for a loss that is not finite.
+    """
+    model.train()
+    value = 0.0
+    for part, batch in enumerate(micro_batches(train, rows, options)):
+        purpose = ("dropout", step, part) if part else ("dropout", step)
+        set_step_seed(model, derived_seed(options.seed, options.name, *purpose))
+        mean = binary_cross_entropy_with_logits(model(batch), batch.label.to(options.device))
+        loss = mean * (len(batch) / rows.size)
+        value += loss.item()
+        if not math.isfinite(value):
+            raise _not_finite(options.name, "loss", value, step, rows)
+        check_device_errors()
+        loss.backward()
+    return value
+
+
+def micro_batches(train: Prompts, rows: NDArray[np.int64], options: LoopOptions) -> list[PackedBatch]:
+    """`rows` as packed batches of at most `tokens_per_batch` tokens each; one batch, in the rows' order, if they fit.
+
+    Otherwise they are cut between (user, history) groups where these fit, and a row that is longer is alone.
+    """
+    kind: dict[str, bool] = {"share_prefix": options.share_prefix, "pairs": options.pairs}
+    whole = pack(train, rows, **kind)
+    if len(whole.token_ids) <= options.tokens_per_batch:
+        return [whole]
+    order: Order = "group" if options.share_prefix else "flat"
+    parts = batches(train, order=order, max_tokens=options.tokens_per_batch, rows=rows)
+    return [pack(train, part, **kind) for part in parts]
 
 
 def _not_finite(stage: str, what: str, value: float, step: int, rows: np.ndarray) -> FloatingPointError:

@@ -26,7 +26,7 @@ from collm_fast.io.run_folder import RunFolder
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.llm import SMOLLM2
-from collm_fast.models.lora import set_dropout
+from collm_fast.models.lora import may_draw, set_dropout
 from collm_fast.models.mapper import Mapper, id_statistics
 from collm_fast.report import write_report
 from collm_fast.training.cf import fit_cf, held_out_rows
@@ -80,7 +80,8 @@ def run_training(
     Raises: ValueError for bad input, before anything is written; Interrupted after a signal, with the state saved.
     """
     config = _absolute(config)
-    resume = RunFolder.check_new(config.out, to_mapping(config), config.resume == "auto")
+    defaults = to_mapping(TrainConfig())
+    resume = RunFolder.check_new(config.out, to_mapping(config), config.resume == "auto", defaults)
     if resume and _finished(RunFolder(config.out), config):
         folder = RunFolder(config.out)
         say(f"resumed from step {last_step(folder)}: the run in {config.out} is complete")
@@ -231,6 +232,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         device=base.device,
         order=config.order,
         pairs="+pair" in row,
+        share_prefix=config.lora.dropout_per == "position" or not may_draw(base.llm),
         tokens_per_batch=config.tokens_per_batch,
         sample=valid_sample(config, work.split("valid")),
         checkpoint_minutes=config.checkpoint_minutes,

@@ -24,6 +24,17 @@ def test_a_held_folder_is_refused_or_continued(tmp_path):
         RunFolder.check_new(tmp_path, {**CONFIG, "stage1": {"lr": 0.1}}, resume=True)
 
 
+def test_a_run_of_an_earlier_version_had_the_defaults_of_later_keys(tmp_path):
+    RunFolder(tmp_path).write_config(CONFIG)
+    defaults = {"seed": 1, "stage1": {"lr": 0.5, "clip": 2}, "lora": {"r": 8}}
+    now = {**CONFIG, "seed": 1, "stage1": {"lr": 1e-3, "clip": 2}, "lora": {"r": 8}}
+    assert RunFolder.check_new(tmp_path, now, True, defaults)
+    with pytest.raises(ValueError, match="stage1.clip: expected 2 as in the run to be resumed, .*, got 3"):
+        RunFolder.check_new(tmp_path, {**now, "stage1": {"lr": 1e-3, "clip": 3}}, True, defaults)
+    with pytest.raises(ValueError, match="stage1.lr: expected 0.001 as in the run to be resumed"):
+        RunFolder.check_new(tmp_path, {**now, "stage1": {"lr": 0.5, "clip": 2}}, True, defaults)
+
+
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(ValueError, match="out: expected a folder, got the file"):
