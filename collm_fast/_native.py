@@ -161,15 +161,17 @@ def register(name: str, *, reference: Callable[..., Any], triton: Callable[..., 
     Args:
         name: the op, already defined in `LIBRARY`.
         reference: the plain torch implementation, with the schema's signature.
-        triton: the Triton implementation, or None. It is called only if it is chosen, so it may import triton itself.
+        triton: the Triton implementation; it is called only if it is chosen, so it may import triton itself. None: the
+            op has no Triton form, and plain torch serves where C++ does not.
     Raises: ImportError if COLLM_FAST_BACKEND asks for a backend that this installation lacks.
     """
     has_triton = triton is not None and importlib.util.find_spec("triton") is not None
-    if BACKEND == "triton" and not has_triton:
+    if BACKEND == "triton" and triton is not None and not has_triton:
         raise ImportError(f"COLLM_FAST_BACKEND=triton: expected triton for {name}, got none; do: pip install triton")
     chosen: dict[str, Backend | None] = {}
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-        backend = _choose(device, key, name, has_triton)
+        asks_for_none = triton is None and (BACKEND == "triton" or (BACKEND == "native" and device == "cuda"))
+        backend = "reference" if asks_for_none else _choose(device, key, name, has_triton)
         if backend is None and device == "cpu" and BACKEND == "native":
             raise ImportError(f"COLLM_FAST_BACKEND=native: expected a compiled {name} for the CPU, got none")
         if backend == "triton":

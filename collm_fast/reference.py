@@ -153,3 +153,27 @@ def lora_linear_group(
         lora_linear(x, w, b, lora_a, lora_b, scaling, dropout_p=dropout_p, seed=seed, training=training, stream=j)
         for j, (w, b, lora_a, lora_b) in enumerate(zip(weights, biases, lora_As, lora_Bs, strict=True))
     ]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w x (mean x^2 + eps)^-1/2 over the last axis; x times its factor is rounded before the weight, as in Llama."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[T, h d] -> [h, T, d] at rotary positions: x cos + (-x2, x1) sin, cos and sin [T, d]."""
+    heads = x.view(len(x), -1, cos.shape[1]).transpose(0, 1)
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale scores + mask) along the last axis, in float32 (float64 in float64), as the scores' dtype."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    return torch.softmax(wide if mask is None else wide + mask, dim=-1).to(scores.dtype)

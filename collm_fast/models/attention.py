@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collm_fast.ops.decoder import masked_softmax
+
 NAME = "collm_fast_tree"
 # bfloat16 on a CPU: a tree of so few tokens is faster as one masked product than branch by branch.
 _WHOLE = 320
@@ -247,9 +249,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, call: _Call, window:
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Two batched products; the query heads of one key head stand under one another, so nothing is repeated."""
     heads, (q_length, k_length) = k.shape[1], (q.shape[2], k.shape[2])
-    scores = torch.matmul(q.reshape(heads, -1, q.shape[3]), k[0].transpose(1, 2)).float() * scale
-    scores = scores.view(heads, -1, q_length, k_length)
-    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1).to(v.dtype)
+    scores = torch.matmul(q.reshape(heads, -1, q.shape[3]), k[0].transpose(1, 2))
+    weights = masked_softmax(scores.view(heads, -1, q_length, k_length), mask, scale)
     return torch.matmul(weights.view(heads, -1, k_length), v[0]).view(q.shape)
 
 

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collm_fast.models.attention import TreePlan, tree_attention
+from collm_fast.models.frozen import mlp_residual, norm
 from collm_fast.models.lora import LoraLinear
+from collm_fast.ops.decoder import rotate_heads
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Decoder:
         """Keys and values [1, h, T, d] of every layer, without a graph, for tokens whose output nobody reads."""
         found = []
         for index, layer in enumerate(self.base.layers):
-            normed = _norm(layer.input_layernorm, x)
+            normed = norm(layer.input_layernorm, x)
             key, value = self._keys(layer.self_attn, normed, rotary)
             found.append((key, value))
             # The last layer's output is read nowhere.
@@ -94,7 +96,7 @@ class Decoder:
         """
         last = len(self.base.layers) - 1
         for index, layer in enumerate(self.base.layers):
-            attention, normed = layer.self_attn, _norm(layer.input_layernorm, x)
+            attention, normed = layer.self_attn, norm(layer.input_layernorm, x)
             key, value = self._keys(attention, normed, rotary)
             if index < last:
                 query = self._queries(attention, normed, rotary)
@@ -108,7 +110,7 @@ class Decoder:
                     query = self._queries(attention, normed[place], at)
                 x, plan = x[place], plan.answers()
             x = self._rest(layer, x, self._attend(index, query, key, value, plan, past))
-        out: Tensor = _norm(self.base.norm, x)
+        out: Tensor = norm(self.base.norm, x)
         return out
 
     def _queries(self, attention: Any, normed: Tensor, rotary: Rotary) -> Tensor:
@@ -126,9 +128,7 @@ class Decoder:
         return out[0].transpose(0, 1).flatten(1)
 
     def _rest(self, layer: Any, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + layer.self_attn.o_proj(attended)
-        out: Tensor = x + layer.mlp(_norm(layer.post_attention_layernorm, x))
-        return out
+        return mlp_residual(layer, x + layer.self_attn.o_proj(attended))
 
     @torch.no_grad()
     def _difference(self) -> str | None:
@@ -145,7 +145,7 @@ class Decoder:
         limit = max(1e-4, 3 * torch.finfo(embeds.dtype).eps)
         for index, (x, theirs) in enumerate(zip(inputs, outputs[:-1], strict=True)):
             layer = self.base.layers[index]
-            normed = _norm(layer.input_layernorm, x)
+            normed = norm(layer.input_layernorm, x)
             key, value = self._keys(layer.self_attn, normed, rotary)
             query = self._queries(layer.self_attn, normed, rotary)
             ours = self._rest(layer, x, self._attend(index, query, key, value, plan, None))
@@ -153,7 +153,7 @@ class Decoder:
             # Not "error > limit": a nan is a difference too.
             if not error <= limit:
                 return f"layer {index} differs by {error:.1e} from the model's own"
-        if not torch.allclose(_norm(self.base.norm, outputs[-2]), outputs[-1], rtol=limit, atol=limit):
+        if not torch.allclose(norm(self.base.norm, outputs[-2]), outputs[-1], rtol=limit, atol=limit):
             return "the final norm differs from the model's own"
         return None
 
@@ -200,45 +200,13 @@ def _missing(llm: Any) -> str | None:
     return None if lacking is None else f"it has no {lacking}"
 
 
-class _FrozenRMSNorm(torch.autograd.Function):
-    """y = w x r, r = (mean x^2 + eps)^-1/2 in float32; dx = r (g w - x r^2 mean(g w x)), with w frozen.
-
-    The gradient that autograd derives from the module's steps takes 2 to 5 times as long on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return weight * (wide * scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        wide, inner = x.float(), (grad * weight).float()
-        mean = (inner * wide).mean(-1, keepdim=True)
-        return inner.addcmul_(wide, mean * scale.square(), value=-1).mul_(scale).to(x.dtype), None, None
-
-
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    out: Tensor
-    if hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad:
-        out = _FrozenRMSNorm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
-    else:
-        out = norm(x)
-    return out
-
-
-def _heads(attention: Any, x: Tensor, norm: str | None, rotary: Rotary | None) -> Tensor:
+def _heads(attention: Any, x: Tensor, head_norm: str | None, rotary: Rotary | None) -> Tensor:
     """[T, h d] -> [1, h, T, d], normed where the family norms heads, at its position where it has one."""
     x = x.view(len(x), -1, attention.head_dim)
-    if norm is not None and hasattr(attention, norm):
-        x = _norm(getattr(attention, norm), x)
+    if head_norm is not None and hasattr(attention, head_norm):
+        x = norm(getattr(attention, head_norm), x)
     if rotary is not None:
-        cos, sin = (part[:, None] for part in rotary)
-        first, second = x.chunk(2, dim=-1)
-        x = x * cos + torch.cat((-second, first), dim=-1) * sin
+        return rotate_heads(x.flatten(1), *rotary)[None]
     return x.transpose(0, 1)[None]
 
 

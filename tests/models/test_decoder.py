@@ -20,7 +20,8 @@ from collm_fast.data.packing import pack
 from collm_fast.data.prompts import HISTORY, TARGET, TEXT, USER, Prompts
 from collm_fast.models.attention import TreePlan
 from collm_fast.models.collm import CoLLM
-from collm_fast.models.decoder import Decoder, _norm, gradient_free
+from collm_fast.models.decoder import Decoder, gradient_free
+from collm_fast.models.frozen import norm
 from collm_fast.models.lora import add_lora, lora_layers, set_dropout, set_step_seed
 
 WINDOWED = {
@@ -103,9 +104,11 @@ def check_gradients(family: str, prompts: Prompts, *, train_lora: bool, share: b
         found.append((out.detach(), torch.autograd.grad((out * weight).sum(), parameters, allow_unused=True)))
     (out, got), (expected, want) = found
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    # Where a gradient is zero, as a query's that sees one key alone, both ways leave the rounding of the larger ones.
+    rounding = 1e-6 * max(float(b.norm()) for b in want if b is not None)
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None)
-        assert a is None or b is None or (a - b).norm() <= 1e-4 * b.norm() + 1e-7
+        assert a is None or b is None or (a - b).norm() <= 1e-4 * b.norm() + rounding
 
 
 @pytest.mark.parametrize("train_lora", [True, False])
@@ -322,17 +325,17 @@ def test_the_readings_of_the_answers_keep_the_order_of_the_rows() -> None:
 def test_the_norm_has_the_gradient_of_the_models_own(shape: tuple[int, ...]) -> None:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-    norm = Qwen3RMSNorm(shape[-1], eps=0.1).requires_grad_(False)
+    module = Qwen3RMSNorm(shape[-1], eps=0.1).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    norm.weight.copy_(torch.randn(shape[-1], generator=generator))
+    module.weight.copy_(torch.randn(shape[-1], generator=generator))
     x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
     found = []
-    for run in (lambda x: _norm(norm, x), norm):
+    for run in (lambda x: norm(module, x), module):
         leaf = x.clone().requires_grad_()
         out = run(leaf)
         found.append((out.detach(), torch.autograd.grad(out, leaf, grad)[0]))
     (ours, got), (theirs, want) = found
-    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     assert (got - want).norm() <= 1e-6 * want.norm()
-    norm.requires_grad_(True)
-    assert torch.autograd.grad(_norm(norm, x).sum(), norm.weight)[0].norm() > 0
+    module.requires_grad_(True)
+    assert torch.autograd.grad(norm(module, x).sum(), module.weight)[0].norm() > 0

@@ -1,0 +1,73 @@
+"""The frozen half of a decoder layer, x + mlp(norm(x)), as one step of autograd that knows no weight trains.
+
+Autograd over the modules keeps and adds more than that: the normed input, the products' sum, a gradient for each use.
+The passes between the products are ops/decoder.py, the layer is models/decoder.py. Floor F2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from collm_fast.ops import decoder as ops
+
+
+class _FrozenMLP(torch.autograd.Function):
+    """y = x + swiglu(n Wg^T, n Wu^T) Wd^T, n = rms_norm(x); keeps x, the norm's factor and the two inner products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float) -> Tensor:
+        normed, scale = torch.ops.collm_fast.rms_norm(x, weight, eps)
+        inner, outer = F.linear(normed, gate), F.linear(normed, up)
+        ctx.save_for_backward(x, scale, inner, outer, weight, gate, up, down)
+        return torch.addmm(x, ops.swiglu(inner, outer), down.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        x, scale, inner, outer, weight, gate, up, down = ctx.saved_tensors
+        d_inner, d_outer = torch.ops.collm_fast.swiglu_backward(grad @ down, inner, outer)
+        normed = (d_inner @ gate).addmm_(d_outer, up)
+        dx = torch.ops.collm_fast.rms_norm_backward(normed, x, weight, scale, grad)
+        return dx, None, None, None, None, None
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    """`module(x)`, by `rms_norm` where the module is such a norm and frozen."""
+    out: Tensor
+    if hasattr(module, "variance_epsilon") and not module.weight.requires_grad:
+        out = ops.rms_norm(x, module.weight, module.variance_epsilon)
+    else:
+        out = module(x)
+    return out
+
+
+def mlp_residual(layer: Any, x: Tensor) -> Tensor:
+    """x + layer.mlp(layer.post_attention_layernorm(x)), x [T, H].
+
+    In one step where the three projections are plain frozen `nn.Linear`s without bias around SiLU; else by the modules.
+    """
+    weights = _frozen_weights(layer)
+    out: Tensor
+    if weights is None:
+        out = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+    else:
+        out = _FrozenMLP.apply(x, *weights, layer.post_attention_layernorm.variance_epsilon)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _frozen_weights(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """(norm, gate, up, down) of a layer whose MLP is the plain one, or None."""
+    mlp, before = layer.mlp, layer.post_attention_layernorm
+    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    # Another class may compute something else (an adapter, a quantised base); a hook wants to be called.
+    plain = all(type(p) is nn.Linear and p.bias is None and not p.weight.requires_grad for p in parts)
+    silu = type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in (mlp, before, *parts) if m is not None)
+    normal = hasattr(before, "variance_epsilon") and not before.weight.requires_grad
+    if not (plain and silu and normal) or hooks:
+        return None
+    gate, up, down = (p.weight for p in parts if p is not None)
+    return before.weight, gate, up, down
