@@ -26,6 +26,7 @@ reported, and has no row. Slower results stay in.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import hashlib
 import json
@@ -137,7 +138,7 @@ class Suite:
                 p20_s=p20,
                 p80_s=p80,
                 cpu_s=float(np.median(cpu[impl])),
-                peak_bytes=machine.peak_bytes(fn, self.device),
+                peak_bytes=machine.peak_bytes(fn, self.device) if self.options.peak else None,
                 floor_s=floor,
                 error=errors[impl] if math.isfinite(errors[impl]) else None,
                 agrees=errors[impl] <= limit,  # False for NaN as well
@@ -289,12 +290,20 @@ def _again(command: Sequence[str], processes: int) -> dict[str, Any]:
     return merge(results)
 
 
-def main(cases: Callable[[Suite], None], doc: str | None, argv: Sequence[str] | None = None) -> int:
+def main(
+    cases: Callable[[Suite], None],
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+    *,
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
+    finish: Callable[[dict[str, Any], Options], None] | None = None,
+) -> int:
     """Runs the cases, prints the table, writes the file.
 
+    Args: add: adds a benchmark's own options to the parser. finish: is given the result before it is written.
     Returns: 1 if an output of ours differs from what was expected, or if no case ran; else 0.
     """
-    options = parse(doc, argv)
+    options = parse(doc, argv, add)
     if options.processes > 1:
         result = _again([sys.argv[0], *(sys.argv[1:] if argv is None else argv)], options.processes)
     else:
@@ -307,6 +316,8 @@ def main(cases: Callable[[Suite], None], doc: str | None, argv: Sequence[str] | 
     print(format_table(rows, options.device == "cpu" and options.threads == 1) or "no case was run")
     for failure in result["failures"]:
         print(f"not run: {failure}")
+    if finish is not None:
+        finish(result, options)
     if options.json is not None:
         write_json(result, options.json)
     return int(not rows or any(row.impl == "ours" and not row.agrees for row in rows))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,10 +29,16 @@ class Options:
     processes: int = 1
     only: tuple[str, ...] = ()
     json: Path | None = None
+    peak: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict)  # what a benchmark added of its own
 
 
-def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
-    """The options of a command line; exits with 2 for a bad one."""
+def parse(
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> Options:
+    """The options of a command line; exits with 2 for a bad one. `add` gives the parser a benchmark's own."""
     parser = argparse.ArgumentParser(description=(doc or "").strip().split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the result file here")
     parser.add_argument("--quick", action="store_true", help="few rounds, small ceilings: to see that it runs")
@@ -42,8 +49,11 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--seconds", type=float, default=math.inf, help=more)
     parser.add_argument("--processes", type=int, default=1, help="run that many times afresh; medians over them")
     parser.add_argument("--flush-l2", action="store_true", help="overwrite 256 MiB before every sample")
+    parser.add_argument("--no-peak", dest="peak", action="store_false", help="spare the further call that reads memory")
     only = "cases whose 'name pass dtype' contains this text; may be given several times"
     parser.add_argument("--only", action="append", default=[], help=only)
+    if add is not None:
+        add(parser)
     given = parser.parse_args(argv)
     for name in ("threads", "rounds", "processes"):
         value = getattr(given, name)
@@ -64,4 +74,8 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
         processes=given.processes,
         only=tuple(given.only),
         json=given.json,
+        peak=given.peak,
+        more={
+            name: value for name, value in vars(given).items() if name not in {item.name for item in fields(Options)}
+        },
     )
