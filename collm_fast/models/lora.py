@@ -23,7 +23,8 @@ class LoraLinear(nn.Module):
         y = base(x) + alpha / r * dropout(x) lora_A^T lora_B^T
 
     Args:
-        base: the layer [N, K]; its parameters are frozen.
+        base: the layer [N, K]; its parameters are frozen. A subclass of nn.Linear whose forward is its own (a
+            quantised one) computes x W^T by that.
         r, alpha, dropout: PEFT's meaning. Dropout acts only in training, and only after `set_step_seed`.
         generator: draws lora_A, as PEFT does (Kaiming uniform with a = sqrt 5); lora_B starts at zero.
     Attributes: lora_A [r, K] and lora_B [N, r], float32 (float64 over a float64 base); seed, int64 [1], not saved.
@@ -77,6 +78,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
+        if type(self.base).forward is not nn.Linear.forward:
+            y: Tensor = self.base(x)
+            return y + self._update(x)
         return lora_linear(
             x,
             self.base.weight,
@@ -88,6 +92,16 @@ class LoraLinear(nn.Module):
             seed=self.seed,
             training=self.training and self.dropout_on,
         )
+
+    def _update(self, x: Tensor) -> Tensor:
+        """scaling * dropout(x) lora_A^T lora_B^T, [..., N], where only the base's own forward can multiply by W."""
+        # Over r rows of zeros the op gives dropout(x) lora_A^T alone: one mask for every base, and none that is stored.
+        zeros = x.new_zeros(self.r, self.in_features)
+        identity = torch.eye(self.r, dtype=self.lora_A.dtype, device=x.device)
+        training = self.training and self.dropout_on
+        A, B, p, seed = self.lora_A, self.lora_B, self.dropout, self.seed
+        s = lora_linear(x, zeros, None, A, identity, 1.0, dropout_p=p, seed=seed, training=training)
+        return nn.functional.linear(s, (self.scaling * B).to(s.dtype))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"

@@ -47,6 +47,7 @@ def begin(config: TrainConfig, dataset: Dataset, base: Base, rows: dict[str, Int
         seed=config.seed,
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
+        quantize=config.quantize,
         versions=_versions(),
         **fixed,
         rows={

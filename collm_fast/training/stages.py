@@ -76,7 +76,8 @@ class Base:
         }
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
-        llm, tokenizer = load_llm(config.llm, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+        trusted, quantize = config.trust_remote_code, config.quantize
+        llm, tokenizer = load_llm(config.llm, dtype=dtype, device=device, trust_remote_code=trusted, quantize=quantize)
         answers = {name: _answer_ids(tokenizer, name, template, config.prompt) for name, template in templates.items()}
         return cls(llm, tokenizer, device, dtype, fingerprint(llm, tokenizer), templates, answers)
 
@@ -94,9 +95,6 @@ class Base:
             cf = mapper = stats = None
         # In stage 1 the language model changes with every step: no prefix keeps its values.
         kept = 0.0 if mapper is None else config.kv_cache_gb
-        # One run of 63 bfloat16 steps of stage 2 ended at a test AUC of .591 with the decoder forward and .760 with the
-        # model's own, though logits agree exactly and gradients to 3 %: until that is understood, a run takes the
-        # decoder only where it asks for kept prefixes.
         model = CoLLM(
             self.llm,
             yes_id=yes,
@@ -106,7 +104,6 @@ class Base:
             mapper=mapper,
             stats=stats,
             kv_cache_gb=kept,
-            decoder=kept > 0.0,
         )
         return model.to(self.device)
 
