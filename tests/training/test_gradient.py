@@ -29,7 +29,7 @@ def gradients(model: CoLLM, stage: str, prompts, folder, **changes) -> tuple[flo
     parameters = set_trainable(model, stage)
     for parameter in parameters.values():
         parameter.grad = None
-    loss = add_gradient(model, prompts, ROWS[ROWS < len(prompts)], options(folder, **changes), 3)
+    loss = float(add_gradient(model, prompts, ROWS[ROWS < len(prompts)], options(folder, **changes), 3))
     return loss, {name: parameter.grad.clone() for name, parameter in parameters.items()}
 
 
