@@ -364,6 +364,9 @@ def test_errors() -> None:
     sentence = "^FastLoraLinear: expected a base layer that computes as nn.Linear does, got Int8$"
     with pytest.raises(ValueError, match=sentence):
         peft.get_peft_model(nn.Sequential(Int8(4, 4)), config)
+    hooked = nn.Sequential(nn.Linear(4, 4))
+    hooked[0].register_forward_hook(hook)
+    assert type(peft.get_peft_model(hooked, config).base_model.model[0]) is FastLoraLinear
     config.fan_in_fan_out = True
     with pytest.raises(ValueError, match="^FastLoraLinear: expected fan_in_fan_out=False over an nn.Linear, got True$"):
         peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
