@@ -84,13 +84,19 @@ def loss_plot(history: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
 def validation_plot(
     history: Mapping[str, Mapping[str, Sequence[float]]], kept: Mapping[str, int], levels: Mapping[str, float]
 ) -> bytes:
-    """Validation AUC over steps, the step whose state was kept marked, beside the level of the baselines."""
+    """Validation AUC over steps, the step whose state was kept marked, beside the level of the baselines.
+
+    Where evaluations scored a sample, its 95 % interval is shaded.
+    """
 
     def draw(axes: Any) -> None:
         for place, (row, curves) in enumerate(history.items()):
             steps, values = np.asarray(curves["eval_step"]), np.asarray(curves["valid_auc"], np.float64)
             if steps.size:
                 axes.plot(steps, values, marker="o", markersize=3, color=colour(row, place), label=row)
+                low, high = (np.asarray(curves.get(name, ()), np.float64) for name in ("valid_low", "valid_high"))
+                if low.size == steps.size:
+                    axes.fill_between(steps, low, high, color=colour(row, place), alpha=0.12, linewidth=0)
                 at = steps == kept.get(row)
                 axes.plot(steps[at], values[at], marker="*", markersize=13, linestyle="", color=colour(row, place))
         for row, level in levels.items():

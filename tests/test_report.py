@@ -219,10 +219,11 @@ def test_page_blocks_escape_in_both_forms():
 
 
 def test_the_star_stands_at_the_kept_step_and_not_at_the_best(monkeypatch):
-    stars = []
+    stars, bands = [], []
 
     def look(figure):
         lines = figure.axes[0].lines
+        bands.extend(band.get_paths()[0].vertices for band in figure.axes[0].collections)
         stars.extend(
             (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in lines if line.get_marker() == "*"
         )
@@ -231,4 +232,8 @@ def test_the_star_stands_at_the_kept_step_and_not_at_the_best(monkeypatch):
     monkeypatch.setattr(plots, "_png", look)
     # The untrained state is measured and never kept.
     plots.validation_plot({"stage1": {"eval_step": [0, 4, 8], "valid_auc": [0.6, 0.4, 0.5]}}, {"stage1": 8}, {})
-    assert stars == [([8], [0.5])]
+    assert stars == [([8], [0.5])] and not bands
+    # The interval of a sample is shaded; one that does not exist (None) leaves a gap.
+    curves = {"eval_step": [0, 4, 8], "valid_auc": [0.6, 0.4, 0.5], "valid_low": [0.5, 0.3, None]}
+    plots.validation_plot({"stage1": {**curves, "valid_high": [0.7, 0.5, None]}}, {}, {})
+    assert {tuple(np.round(point, 3)) for point in bands[0]} == {(0, 0.5), (0, 0.7), (4, 0.3), (4, 0.5)}

@@ -224,7 +224,10 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
     total = 0 if config.evaluate_only else total_steps(settings, len(train.label), config.max_steps)
     if total and settings.warmup_steps > total // 10:
         logger.info("%s: warm-up over %d steps, a tenth of all, not %d", row, total // 10, settings.warmup_steps)
-    logger.info("%s: %d steps over %d prompts, %d validation rows", row, total, len(train.label), len(valid.label))
+    sample = valid_sample(config, work.split("valid"))
+    part = "" if sample is None else f", {sample.size} of them in each evaluation"
+    counts = row, total, len(train.label), len(valid.label), part
+    logger.info("%s: %d steps over %d prompts, %d validation rows%s", *counts)
     options = LoopOptions(
         name=row,
         folder=folder.path / "checkpoints" / row,
@@ -234,7 +237,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         pairs="+pair" in row,
         share_prefix=config.lora.dropout_per == "position" or not may_draw(base.llm),
         tokens_per_batch=config.tokens_per_batch,
-        sample=valid_sample(config, work.split("valid")),
+        sample=sample,
         checkpoint_minutes=config.checkpoint_minutes,
         resume=work.resume,
         progress=work.progress,
