@@ -92,10 +92,11 @@ class AcceleratedLora:
         self._layers = []
 
     def __repr__(self) -> str:
-        kept = "".join(f"; {name} left: {why}" for name, why in self.left.items())
-        return (
-            f"AcceleratedLora: {len(self.converted)} of {len(self.converted) + len(self.left)} layers converted{kept}"
-        )
+        # Each reason once, with its first layer.
+        whys = list(self.left.values())
+        first = {why: name for name, why in reversed(self.left.items())}
+        left = "".join(f"; {whys.count(why)} left ({first[why]}, ...): {why}" for why in dict.fromkeys(whys))
+        return f"AcceleratedLora: {len(self.converted)} of {len(self.converted) + len(whys)} layers converted{left}"
 
     def __enter__(self) -> AcceleratedLora:
         return self

@@ -349,7 +349,11 @@ def test_layers_that_are_left_say_why() -> None:
         "table": "it is a peft.tuners.lora.layer.Embedding, not a peft.tuners.lora.layer.Linear",
         "dora": "adapter 'default' is a DoraLinearVariant",
     }
-    assert "1 of 10 layers converted; trained left: its base weight is trained; " in repr(handle)
+    assert "1 of 10 layers converted; 1 left (trained, ...): its base weight is trained; 1 left (hooked, ...)" in repr(
+        handle
+    )
+    same = AcceleratedLora(["a"], {"b": "x", "c": "y", "d": "x"})
+    assert repr(same) == "AcceleratedLora: 1 of 4 layers converted; 2 left (b, ...): x; 1 left (c, ...): y"
     handle.restore()
     assert type(model["plain"]) is Linear and type(model["fast"]) is FastLoraLinear
 
