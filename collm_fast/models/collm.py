@@ -203,7 +203,7 @@ class CoLLM(nn.Module):
     def _answer_logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] -> [B, 2] float32: the two answers' logits, from their two rows of the head alone."""
         head, ids = self.llm.get_output_embeddings(), [self.yes_id, self.no_id]
-        if not isinstance(head, nn.Linear):  # an adapted head: its update is not in its weight
+        if type(head).forward is not nn.Linear.forward:  # an adapted or quantised head: its weight is not all of it
             logits: Tensor = head(hidden)
             return logits[:, ids].float()
         bias = None if head.bias is None else head.bias[ids].float()

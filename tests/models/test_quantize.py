@@ -109,6 +109,19 @@ def test_a_model_with_rounded_layers_has_the_gradients_of_one_with_their_values(
             assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+def test_a_rounded_head_is_read_by_its_own_forward() -> None:
+    batch, logits = pack(random_prompts(0, slots=False), np.arange(6)), []
+    for rounded in (True, False):
+        llm = small_model("llama")
+        base = Rounded(llm.lm_head)
+        llm.lm_head = base if rounded else nn.Linear(base.in_features, base.out_features, bias=False)
+        if not rounded:
+            llm.lm_head.weight.data.copy_(base.whole())
+        with torch.no_grad():
+            logits.append(CoLLM(llm, yes_id=5, no_id=6, loss="yes-no")(batch))
+    torch.testing.assert_close(*logits)
+
+
 def test_what_is_missing_or_unknown_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="quantize: expected one of int8, nf4 or none, got 'int3'"):
         quantized("int3", torch.float32, torch.device("cpu"))
