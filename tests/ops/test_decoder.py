@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from backends import ROOT
+from conftest import requires
 from torch import Tensor
 
 from collm_fast import _native, reference
@@ -67,12 +68,13 @@ def test_compiled_kernels_serve_the_cpu() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [2, 37, 64, 576])
-def test_error_against_float64(name: str, dtype: torch.dtype, size: int) -> None:
-    args = arguments(name, size)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=requires("cuda"))])
+def test_error_against_float64(name: str, dtype: torch.dtype, size: int, device: str) -> None:
+    args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in arguments(name, size))
     low = cast(args, dtype)
     exact = [a.double() if isinstance(a, Tensor) and a.dtype == dtype else a for a in low]
     specification = getattr(reference, name)
-    grad = torch.randn(specification(*exact).shape, generator=torch.Generator().manual_seed(7)).double()
+    grad = rows(*specification(*exact).shape, seed=7).to(device)
     truth, true_grad = gradients(specification, exact, grad.to(dtype).double())
     plain, plain_grad = gradients(specification, low, grad.to(dtype))
     ours, our_grad = gradients(lambda *a: call(name, *a), low, grad.to(dtype))

@@ -1,0 +1,116 @@
+"""What the order of training costs in accuracy: both stages in the orders group and random, over several seeds.
+
+    collm-fast prepare --source ml-100k --out data/ml-100k
+    python benchmarks/order_effect.py --data data/ml-100k --llm smollm2 --out runs/order
+
+Trains one run for each order and seed on the rows of one choice, with one collaborative model, and writes
+results/order-effect.json and .md. Continues where it was stopped. The speed of the orders is bench_train.py's matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+import torch
+
+import collm_fast
+from collm_fast.config import CFConfig
+from collm_fast.data.dataset import load_dataset
+from collm_fast.training.cf import fit_cf
+
+ORDERS = ("group", "random")
+STAGES = ("stage1", "stage2")
+HELD_OUT = 0.1
+
+
+def run_one(arguments: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
+    """One run's test metrics and seconds; the rows of the subsets follow from the seed, the same for both orders."""
+    steps = -(-arguments.prompts // 16)
+    stage = {"epochs": 1.0, "eval_every": -(-steps // 2), "patience": None}
+    run = collm_fast.train(
+        arguments.data,
+        arguments.llm,
+        arguments.out / "cf",
+        arguments.out / f"{order}-{seed}",
+        order=order,
+        seed=seed,
+        loss="yes-no",
+        cie_rows="held-out",
+        collaborative={"held_out": HELD_OUT},
+        prompt={"history_length": 5},
+        limit_train=arguments.prompts,
+        limit_valid=500,
+        limit_eval=1000,
+        resume="auto",
+        stage1={**stage, "lr": 1e-3},
+        stage2={**stage, "lr": 3e-4},
+    )
+    row: dict[str, Any] = {"order": order, "seed": seed, "dtype": run.record["dtype"]}
+    for name in STAGES:
+        test = run.metrics[name]["test"]["all"]
+        row |= {f"{name}_auc": test["auc"], f"{name}_uauc": test["uauc"]}
+        row[f"{name}_s"] = run.record["seconds"][name]
+    return row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Every run, the mean of each order, and the difference of the two within a seed."""
+    names = [f"{stage}_{metric}" for stage in STAGES for metric in ("auc", "uauc")]
+    lines = [
+        "| order | seed | stage 1 AUC | stage 1 UAUC | stage 2 AUC | stage 2 UAUC |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(f"| {row['order']} | {row['seed']} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |")
+    values = {order: np.array([[r[n] for n in names] for r in rows if r["order"] == order]) for order in ORDERS}
+    for order in ORDERS:
+        mean, spread = values[order].mean(0), values[order].std(0, ddof=1)
+        shown = " | ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))
+        lines.append(f"| **{order}** | mean ± sd | {shown} |")
+    difference = values["group"] - values["random"]
+    error = difference.std(0, ddof=1) / np.sqrt(len(difference))
+    shown = " | ".join(f"{d:+.3f} ± {e:.3f}" for d, e in zip(difference.mean(0), error, strict=True))
+    lines.append(f"| group - random | mean ± standard error | {shown} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--llm", default="smollm2")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--prompts", type=int, default=1000, help="training prompts of each stage")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    if len(arguments.seeds) < 2:
+        parser.error(f"order_effect: expected at least 2 seeds, got {len(arguments.seeds)}")
+    dataset = load_dataset(arguments.data)
+    if not (arguments.out / "cf" / "cf.safetensors").is_file():
+        fit_cf(
+            dataset,
+            CFConfig(model="mf", dim=64, lr=1e-2, bias=True, held_out=HELD_OUT, seed=2023),
+            out=arguments.out / "cf",
+        )
+    rows = [run_one(arguments, order, seed) for seed in arguments.seeds for order in ORDERS]
+    found = {
+        "date": datetime.date.today().isoformat(),
+        **machine.description(torch.device("cpu")),
+        "data": dataset.fingerprint,
+        "prompts": arguments.prompts,
+        "rows": rows,
+    }
+    (arguments.results / "order-effect.json").write_text(json.dumps(found, indent=1) + "\n")
+    heading = "# Training in the order `group` against `random`: test metrics of both stages\n\n"
+    (arguments.results / "order-effect.md").write_text(f"{heading}{table(rows)}\n")
+
+
+if __name__ == "__main__":
+    main()
