@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from collm_fast import reference
 from collm_fast.config import LoraConfig
-from collm_fast.models.lora import LoraLinear, add_lora, lora_layers, set_dropout, set_step_seed
+from collm_fast.models.lora import LoraLinear, add_lora, lora_layers, may_draw, set_dropout, set_step_seed
 
 
 class Block(nn.Module):
@@ -115,6 +115,15 @@ def test_seeds_differ_between_layers_and_steps_and_repeat() -> None:
     set_step_seed(model, 4)
     set_step_seed(model, 3)
     assert [layer.seed.item() for layer in layers] == first and layers[0].seed.data_ptr() == storage
+
+
+def test_a_model_may_draw_where_a_layer_has_dropout_that_is_on() -> None:
+    model, layers = small(dropout=0.1)
+    assert may_draw(model) and may_draw(model.eval()) and not may_draw(small(dropout=0.0)[0]) and not may_draw(Small())
+    set_dropout(model, False)
+    assert not may_draw(model)
+    layers[-1].dropout_on = True
+    assert may_draw(model)
 
 
 def test_dropout_acts_in_training_only_and_can_be_turned_off() -> None:
