@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from collm_fast.ops.lora import lora_linear
 
+# torchao, tensor parallelism and sharding put other subclasses of Tensor in a layer.
+_DENSE = (nn.Parameter, Tensor)
+
 
 class FastLoraLinear(Linear):  # type: ignore[misc]
     """PEFT's `lora.Linear` whose forward and backward are `collm_fast.ops.lora_linear`.
@@ -184,8 +187,7 @@ def _base_obstacle(base: nn.Module) -> str | None:
     if not _is_plain(base, nn.Linear):
         return f"its base layer, a {type(base).__name__}, computes something else than nn.Linear or has hooks"
     weight = base.weight
-    # torchao and tensor parallelism put subclasses of Tensor here.
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+    if type(weight) not in _DENSE:
         return f"its base weight is a {type(weight).__name__}"
     return "its base weight is trained" if weight.requires_grad else None
 
@@ -202,6 +204,8 @@ def _adapter_obstacle(layer: Linear, adapter: _Adapter, dtype: torch.dtype) -> s
     if lora_A.bias is not None or lora_B.bias is not None:
         return f"adapter {name!r} has a bias of its own (lora_bias)"
     A, B = lora_A.weight, lora_B.weight
+    if type(A) not in _DENSE or type(B) not in _DENSE:
+        return f"adapter {name!r} is a {type(A).__name__} and a {type(B).__name__}"
     if A.shape[0] > 256:
         return f"adapter {name!r} has rank {A.shape[0]}, above 256"
     if B.dtype != A.dtype or (A.dtype != dtype and (A.dtype != torch.float32 or dtype == torch.float64)):

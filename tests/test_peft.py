@@ -321,7 +321,8 @@ def test_layers_that_are_left_say_why() -> None:
             return super().forward(x.round())
 
     torch.manual_seed(0)
-    parts = {name: nn.Linear(8, 8) for name in ("plain", "trained", "hooked", "wrapped", "wide", "tensor", "fast")}
+    names = ("plain", "trained", "hooked", "wrapped", "wide", "tensor", "packed", "fast")
+    parts = {name: nn.Linear(8, 8) for name in names}
     model = nn.ModuleDict({**parts, "int8": Int8(8, 8), "table": nn.Embedding(4, 8), "dora": nn.Linear(8, 8)})
     targets = [*parts, "int8", "table"]
     config = peft.LoraConfig(r=2, target_modules=targets, rank_pattern={"wide": 300})
@@ -331,9 +332,9 @@ def test_layers_that_are_left_say_why() -> None:
     model["trained"].base_layer.weight.requires_grad_()
     model["hooked"].base_layer.register_forward_hook(hook)
     model["wrapped"].forward = model["wrapped"].forward
-    model["tensor"].base_layer.weight = nn.Parameter(
-        torch.ones(8, 8).as_subclass(type("Packed", (Tensor,), {})), requires_grad=False
-    )
+    kind = type("Packed", (Tensor,), {})
+    for layer in (model["tensor"].base_layer, model["packed"].lora_B.default):
+        layer.weight = nn.Parameter(torch.ones(layer.weight.shape).as_subclass(kind), requires_grad=False)
     model["fast"].__class__ = FastLoraLinear
     handle = accelerate_lora(model)
     assert handle.converted == ["plain"]
@@ -344,12 +345,13 @@ def test_layers_that_are_left_say_why() -> None:
         "wrapped": "its forward is wrapped",
         "wide": "adapter 'default' has rank 300, above 256",
         "tensor": "its base weight is a Packed",
+        "packed": "adapter 'default' is a Parameter and a Packed",
         "fast": "it is a FastLoraLinear already",
         "int8": base.format("Int8"),
         "table": "it is a peft.tuners.lora.layer.Embedding, not a peft.tuners.lora.layer.Linear",
         "dora": "adapter 'default' is a DoraLinearVariant",
     }
-    assert "1 of 10 layers converted; 1 left (trained, ...): its base weight is trained; 1 left (hooked, ...)" in repr(
+    assert "1 of 11 layers converted; 1 left (trained, ...): its base weight is trained; 1 left (hooked, ...)" in repr(
         handle
     )
     same = AcceleratedLora(["a"], {"b": "x", "c": "y", "d": "x"})
