@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from train_llm import Adapted
 
 from collm_fast.data.packing import pack, plan_tree
 from collm_fast.data.prompts import USER, Prompts
+from collm_fast.models.branch_scorer import branch_decoder, branch_logits
 from collm_fast.models.collm import CoLLM
 
 # Logits [n] float32 of rows [n] of the prompts.
@@ -42,6 +44,16 @@ def ours(model: Adapted, *, kv_cache_gb: float = 0.0) -> CoLLM:
 
 def ours_logits(hybrid: CoLLM, prompts: Prompts) -> Logits:
     return lambda rows: hybrid(pack(prompts, rows))
+
+
+def ours_ranking(hybrid: CoLLM) -> Callable[..., np.ndarray]:
+    """What `Run.rank` scores candidates with: a function of prompts and `tokens_per_batch`."""
+    decoder = branch_decoder(hybrid)
+    if decoder is None:
+        raise RuntimeError(
+            "bench_train: expected a model whose candidates ours can score behind one prefix, got another"
+        )
+    return partial(branch_logits, hybrid, decoder)
 
 
 def _features(model: Adapted, role: np.ndarray, ident: np.ndarray) -> Tensor:

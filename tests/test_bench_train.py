@@ -38,6 +38,9 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTyp
 
     monkeypatch.setattr(machine, "pin", lambda threads: None)
     monkeypatch.setattr(machine, "peak_bytes", lambda fn, device: 1 << 20)
+    # With all modules of the other tests in the process, collections would take half of the time.
+    monkeypatch.setattr(module.gc, "collect", lambda: 0)
+    monkeypatch.setattr(module.gc, "freeze", lambda: None)
     monkeypatch.setattr(module.harness, "measure_ceilings", lambda device, quick: dict(CEILINGS))
     monkeypatch.setattr(module, "CANDIDATES", 40)
     yield module
@@ -105,7 +108,9 @@ def test_a_warm_case_finds_every_prefix(bench: ModuleType) -> None:
     prompts = whole.rows.prompts["train", 2]
     hybrid = bench.peers.ours(whole.adapted("ours", 2, torch.float32), kv_cache_gb=bench.CACHE_GB)
     rows = bench.batches(prompts, order="group", batch_size=16)[0]
-    call = bench.steps(bench.peers.ours_logits(hybrid, prompts), list(hybrid.mapper.parameters()), [rows], prompts)
+    call = bench.train_steps.steps(
+        bench.peers.ours_logits(hybrid, prompts), list(hybrid.mapper.parameters()), [rows], prompts
+    )
     call()
     cache = hybrid.prefixes
     saved, met = cache.tokens_saved, cache.tokens_met
@@ -238,7 +243,7 @@ def test_copies_share_their_weights(bench: ModuleType) -> None:
 def test_typical_batches_are_the_nearest_to_the_mean(bench: ModuleType) -> None:
     prompts = bench.train_rows.synthetic(512, 200, 3, short=True).prompts["train", 2]
     plan = bench.batches(prompts, order="group", batch_size=16, generator=np.random.default_rng(0))
-    chosen = bench.typical(prompts, plan, 3)
+    chosen = bench.train_steps.typical(prompts, plan, 3, 16)
     assert len(chosen) == 3 and all(len(rows) == 16 for rows in chosen)
     trees = [len(pack(prompts, rows).token_ids) for rows in plan]
     mean = np.mean([size for size, rows in zip(trees, plan, strict=True) if len(rows) == 16])
