@@ -22,6 +22,7 @@ from collm_fast.config import BPRConfig, CFConfig, PrepareConfig, TrainConfig, f
 from collm_fast.io.run_folder import RunFolder
 from collm_fast.official.config import ImportConfig
 from collm_fast.options import available_cpus, parse
+from collm_fast.rank_command import RankConfig
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,6 @@ class PredictConfig:
     pairs: Path | None = None
     out: Path | None = None
     at: int | None = None
-
-
-@dataclass(frozen=True)
-class RankConfig:
-    """`collm-fast rank`; ids as the source data has them, separated by commas."""
-
-    run: Path = Path("runs/run")
-    users: tuple[str, ...] = ()
-    candidates: tuple[str, ...] = ()
-    top_k: int = 10
-    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -186,22 +176,9 @@ def _predict(config: PredictConfig, command: str) -> None:
 
 
 def _rank(config: RankConfig, command: str) -> None:
-    from collm_fast.io.tables import check_suffix, write_table
+    from collm_fast.rank_command import rank_to_file
 
-    if not config.users or not config.candidates or config.out is None:
-        raise ValueError("rank: expected --users U,.. --candidates I,.. and --out FILE, got none")
-    check_suffix(config.out, "out")
-    run = collm_fast.open_run(config.run)
-    # Unknown ids are found before anything is scored, and ids are written as the dataset has them.
-    users = run.dataset.raw_users[run.dataset.user_index(list(config.users))].tolist()
-    items = run.dataset.raw_items[run.dataset.item_index(list(config.candidates))].tolist()
-    columns: dict[str, list[Any]] = {"user": [], "rank": [], "item": [], "score": []}
-    for user in users:
-        for place, (item, score) in enumerate(run.rank(user, items, config.top_k), start=1):
-            for name, value in zip(columns, (user, place, item, score), strict=True):
-                columns[name].append(value)
-    write_table(config.out, columns)
-    print(f"{config.out}: {len(columns['rank'])} rows")
+    print(f"{config.out}: {rank_to_file(config)} rows")
 
 
 def _ablate(config: AblateConfig, command: str) -> None:
@@ -237,7 +214,7 @@ COMMANDS: dict[str, tuple[str, tuple[type[Any], ...], Callable[..., None]]] = {
     "train": ("train CoLLM: collaborative model, stages, scores, report (also --cfg-path)", (TrainConfig,), _train),
     "evaluate": ("score a run's rows of a split again", (EvaluateConfig,), _evaluate),
     "predict": ("P(yes) for a file of user-item pairs", (PredictConfig,), _predict),
-    "rank": ("the best of some candidates for some users", (RankConfig,), _rank),
+    "rank": ("the best candidates for some or all users", (RankConfig,), _rank),
     "ablate": ("further stage 2 trainings of a finished run", (AblateConfig,), _ablate),
     "import-official": ("weights of the official CoLLM code", (ImportConfig,), _import_official),
     "env": ("versions, devices, and which implementation each op uses", (EnvConfig,), _env),

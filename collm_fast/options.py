@@ -14,6 +14,7 @@ from collm_fast.io.run_folder import read_yaml
 
 # What `--help` says of the options that most users set; config.py's comments explain the others.
 HELP = {
+    "all_items": "candidates are all items that have a title",
     "allow_pickle": "read pickled files too (through a restricted unpickler)",
     "at": "a timestamp in seconds: histories hold what was liked before it",
     "candidates": "item ids, separated by commas",
@@ -25,8 +26,10 @@ HELP = {
     "data": "dataset folder, as prepare writes it",
     "dtype": "precision of the frozen language model",
     "evaluate_only": "score the state of --start, train nothing",
+    "exclude_seen": "without what the user rated, liked or not, before the history ends (usual with --all-items)",
     "fresh": "move a finished demo aside and make another one",
     "held_out": "fraction of each user's train rows that the model does not see",
+    "include_seen": "with what the user rated before (usual with --candidates)",
     "input": "file or folder of the source",
     "inputs": "what further mappers read beside the embedding",
     "items": "a CSV or Parquet file of item titles (source table)",
@@ -43,6 +46,7 @@ HELP = {
     "pairs": "a CSV or Parquet file with the columns user and item",
     "quantize": "the frozen linear layers in int8 or NF4 (needs bitsandbytes and accelerate)",
     "resume": "auto continues the run that --out holds",
+    "retrieve": "score only each user's N best candidates by the run's collaborative model",
     "run": "run folder, as train writes it",
     "seed": "everything random derives from it",
     "source": "what the input is",
@@ -52,7 +56,8 @@ HELP = {
     "test_pairs": "such a file of pairs that were held out: recall, NDCG and precision at top-k are measured on it",
     "tokens_per_batch": "packed tokens of one forward; a training batch of more is cut, its gradients are added up",
     "top_k": "items to keep for each user",
-    "users": "user ids, separated by commas",
+    "users": "user ids, separated by commas, or the word all",
+    "users_file": "a CSV or Parquet file with a column user; each user is ranked once",
     "valid_rows": "evaluations during a stage score a fixed sample of so many validation rows, whole users; "
     "the best three states are scored on all of them",
 }
@@ -77,21 +82,24 @@ def parse(
 
     Raises: ValueError for an unknown key (naming the nearest), a bad value or a file that is no YAML mapping.
     """
-    name = f"collm-fast {command}"
-    parser = Parser(prog=name, usage=f"{name} [options]", description=summary, allow_abbrev=False)
+    program = f"collm-fast {command}"
+    parser = Parser(prog=program, usage=f"{program} [options]", description=summary, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[], metavar="FILE.yaml", help="keys below, nested")
     flags = ["--config"]
     for cls in classes:
         for key, kind, default in options(cls):
             names = list(dict.fromkeys((f"--{key.replace('_', '-')}", f"--{key}")))
             flags += names
-            known = [HELP.get(key), f"default: {default}" if default not in ("", None, ()) else None]
+            unset = default in ("", None, ()) or default is False
+            known = [HELP.get(key), None if unset else f"default: {default}"]
             shown = "; ".join(filter(None, known)).replace("%", "%%") or None
+            kept: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS}
+            kept["metavar"] = type_name(kind).removesuffix("|none") if default is None else type_name(kind)
             # `--json` alone means `--json true`.
-            bare: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
-            parser.add_argument(
-                *names, dest=key, default=argparse.SUPPRESS, metavar=type_name(kind), help=shown, **bare
-            )
+            kept |= {"nargs": "?", "const": "true"} if kind is bool else {}
+            # Both spellings are taken, one is shown.
+            for name, text in zip(names, (shown, argparse.SUPPRESS), strict=False):
+                parser.add_argument(name, help=text, **kept)
     found, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         flag = unknown[0].split("=")[0]

@@ -6,24 +6,27 @@ run.score(users=[196, 186], items=[242, 302])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
 
 from collm_fast.config import TrainConfig, from_mapping
 from collm_fast.data.dataset import Dataset, Split, load_dataset
 from collm_fast.data.history import history_before
+from collm_fast.data.prompts import Prompts
 from collm_fast.evaluate import score_prompts, sigmoid
 from collm_fast.io.peft import load_adapter, read_adapter_config
 from collm_fast.io.run_folder import RunFolder
+from collm_fast.models.branch_scorer import BranchDecoder, branch_decoder, branch_logits
 from collm_fast.models.cf.frozen import CFModel
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.lora import add_lora
-from collm_fast.rank import Ranked, best_first
+from collm_fast.rank import Ranked, Ranking, Request, rank_users
 from collm_fast.training.cf import held_out_rows
 from collm_fast.training.pipeline import run_training, stage2_row, wanted_rows
 from collm_fast.training.scores import baseline_scores, table_of
@@ -149,16 +152,17 @@ class Run:
     def logits(self, split: Split, row: str | None = None, progress: str | None = None) -> NDArray[np.float32]:
         """The answer's logit for the rows of a split, [n] float32."""
         row = row or self.row
-        model = self.model(row)
-        stage = "stage1" if row == "stage1" else "stage2"
-        prompts = self._base.prompts(stage, split, self.dataset, self.config, cache=False)
         return score_prompts(
-            model,
-            prompts,
+            self.model(row),
+            self._prompts(row, split),
             tokens_per_batch=self.config.tokens_per_batch,
             pairs="+pair" in row,
             progress=progress,
         )
+
+    def _prompts(self, row: str, split: Split) -> Prompts:
+        stage = "stage1" if row == "stage1" else "stage2"
+        return self._base.prompts(stage, split, self.dataset, self.config, cache=False)
 
     def score(self, users: ArrayLike, items: ArrayLike, at: Any = None) -> NDArray[np.float32]:
         """P(yes) of user-item pairs, [n] float32.
@@ -180,17 +184,79 @@ class Run:
         zero = np.zeros(uid.size, np.int64)
         return Split(uid, iid, zero, zero, offsets, history, zero.astype(bool))
 
-    def rank(self, user: Any, candidates: Sequence[Any] | NDArray[Any], top_k: int | None = None) -> list[Ranked]:
+    def rank(
+        self, user: Any, candidates: Sequence[Any] | NDArray[Any], top_k: int | None = None, at: Any = None
+    ) -> list[Ranked]:
         """The best of the candidates for a user: (item, score) pairs, best first, ties in the candidates' order.
 
+        All candidates are scored behind one prefix. The scores are `score`'s up to rounding.
+
         Args:
-            user: an id of the source data. candidates: item ids, each once.
-            top_k: how many to return; None for all.
-        Raises: ValueError for an unknown id, a repeated candidate or top_k below 1.
+            user: an id of the source data. candidates: item ids, each once, seen or not.
+            top_k: how many to return; None for all. at: as for `score`, one timestamp.
+        Raises: ValueError, before any work, for an unknown id, a repeated candidate or top_k below 1.
         """
-        items = np.asarray(candidates).reshape(-1)
-        best_first(items, np.zeros(items.size, np.float32), top_k)  # checks before any scoring
-        return best_first(items, self.score(np.full(items.size, user), items), top_k)
+        _, items, scores = next(self.rank_users([user], candidates, top_k=top_k, at=at))
+        return [Ranked(item, score) for item, score in zip(items.tolist(), scores.tolist(), strict=True)]
+
+    def rank_users(
+        self,
+        users: Sequence[Any] | NDArray[Any] | None,
+        candidates: Sequence[Any] | NDArray[Any] | None = None,
+        *,
+        top_k: int | None = 10,
+        retrieve: int | None = None,
+        at: Any = None,
+        exclude_seen: bool | None = None,
+        progress: bool = False,
+    ) -> Iterator[Ranking]:
+        """The best candidates of each user as (user, items, scores), one user after another as they are scored.
+
+        Args:
+            users: ids of the source data; None for all.
+            candidates: item ids, each once; None for all items with a title.
+            top_k: how many to return for each user; None for all. A user with fewer candidates gets fewer.
+            retrieve: score only the so many candidates that the run's collaborative model finds best for the user.
+            at: as for `score`, one timestamp.
+            exclude_seen: leave out what the user rated, liked or not, before the moment that histories end at.
+                None: only where candidates is None.
+            progress: a bar on stderr once it takes longer than 5 s.
+        Raises: ValueError, before any work, for an unknown id, a repeated candidate, or top_k or retrieve below 1.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"rank: expected top_k at least 1, got {top_k}")
+        exclude = candidates is None if exclude_seen is None else exclude_seen
+        request = Request.of(
+            self.dataset,
+            users,
+            candidates,
+            retrieve=retrieve,
+            at=at,
+            exclude_seen=exclude,
+            history_length=self.config.prompt.history_length,
+        )
+
+        def found() -> Iterator[Ranking]:
+            total = int(request.counts().sum())
+            with tqdm(total=total, desc="rank", unit="candidate", disable=not progress, delay=5, leave=False) as bar:
+                yield from rank_users(request, with_biases(self.cf), lambda rows: self._branches(rows, bar), top_k)
+
+        return found()
+
+    @cached_property
+    def _ranker(self) -> tuple[CoLLM, BranchDecoder | None]:
+        model = self.model()
+        return model, branch_decoder(model)
+
+    def _branches(self, rows: Split, bar: Any) -> NDArray[np.float32]:
+        """`logits` behind prefixes that are computed once, where the language model allows it."""
+        model, decoder = self._ranker
+        prompts, pairs, room = self._prompts(self.row, rows), "+pair" in self.row, self.config.tokens_per_batch
+        if decoder is not None:
+            return branch_logits(model, decoder, prompts, tokens_per_batch=room, pairs=pairs, done=bar.update)
+        logits = score_prompts(model, prompts, tokens_per_batch=room, pairs=pairs)
+        bar.update(len(logits))
+        return logits
 
     def evaluate(self, split: str, progress: bool = False) -> dict[str, Any]:
         """Score the run's rows of a split again: `{ROW: {split: {"all" | "warm" | "cold": {...}}}}`.

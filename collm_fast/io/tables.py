@@ -1,8 +1,8 @@
-"""Small tables on disk, CSV or Parquet by their suffix: pairs to score, predictions, rankings. Floor F1."""
+"""Tables on disk, CSV or Parquet by their suffix: pairs to score, predictions, rankings. Floor F1."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from collm_fast.io.atomic import write_atomic
 
 SUFFIXES = (".parquet", ".csv")
+# Rows that `write_parts` holds before it writes them, as a row group of their own in Parquet.
+_GROUP = 1 << 16
 
 
 def check_suffix(path: Path, what: str) -> None:
@@ -30,6 +32,41 @@ def write_table(path: Path, columns: Mapping[str, NDArray[Any] | Sequence[Any]])
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
     writer = pa.parquet.write_table if path.suffix == ".parquet" else pa.csv.write_csv
     write_atomic(path, lambda temporary: writer(table, temporary))
+
+
+def write_parts(path: Path, kinds: Mapping[str, Any], parts: Iterable[Mapping[str, NDArray[Any]]]) -> int:
+    """Write a table part by part, atomically, without ever holding it whole.
+
+    Args: kinds: the NumPy dtype of each column, in their order. parts: columns of one length each.
+    Returns: the number of rows.
+    Raises: ValueError for another suffix; whatever `parts` raises, and then no file is left.
+    """
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    check_suffix(path, "out")
+    schema = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in kinds.items()])
+    kind = pa.parquet.ParquetWriter if path.suffix == ".parquet" else pa.csv.CSVWriter
+    total = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal total
+        with kind(temporary, schema) as writer:
+            waiting = [schema.empty_table()]
+            rows = 0
+            for part in parts:
+                waiting.append(pa.table(dict(part), schema=schema))
+                rows += waiting[-1].num_rows
+                if rows >= _GROUP:
+                    writer.write_table(pa.concat_tables(waiting))
+                    total, rows, waiting = total + rows, 0, []
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
+            total += rows
+
+    write_atomic(path, write)
+    return total
 
 
 def read_table(path: Path, needed: Sequence[str], what: str) -> dict[str, NDArray[Any]]:
