@@ -6,7 +6,6 @@ Floor F1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from collm_fast import _native, reference
 from collm_fast.ops._arguments import dtype_name, require
+from collm_fast.ops._autograd import register_autograd
 from collm_fast.ops._device_errors import error_record, raise_device_errors
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -172,9 +172,9 @@ def _embed_inject_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None,
     for_table = for_rows = None
     if ctx.needs_input_grad[1]:
         text = token_ids.masked_fill(row_index >= 0, -1)
-        for_table = torch.ops.collm_fast.scatter_rows(grad, text, ctx.num_tokens)
+        for_table = _scatter_rows(grad, text, ctx.num_tokens)
     if ctx.needs_input_grad[2]:
-        for_rows = torch.ops.collm_fast.scatter_rows(grad, row_index, ctx.num_rows)
+        for_rows = _scatter_rows(grad, row_index, ctx.num_rows)
     return None, for_table, for_rows, None
 
 
@@ -186,7 +186,7 @@ def _gather_rows_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) 
 
 def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (index,) = ctx.saved_tensors
-    return torch.ops.collm_fast.scatter_rows(grad, index, ctx.num_rows), None
+    return _scatter_rows(grad, index, ctx.num_rows), None
 
 
 def _scatter_rows_setup(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -195,16 +195,12 @@ def _scatter_rows_setup(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Te
 
 def _scatter_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (index,) = ctx.saved_tensors
-    return torch.ops.collm_fast.gather_rows(grad, index), None, None
+    return _gather_rows(grad, index), None, None
 
 
-def _register_autograd(op: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    torch.library.register_autograd(f"collm_fast::{op}", backward, setup_context=setup, lib=_native.LIBRARY)
-
-
-_register_autograd("embed_inject", _embed_inject_backward, _embed_inject_setup)
-_register_autograd("gather_rows", _gather_rows_backward, _gather_rows_setup)
-_register_autograd("scatter_rows", _scatter_rows_backward, _scatter_rows_setup)
+_embed_inject = register_autograd("embed_inject", _embed_inject_backward, _embed_inject_setup)
+_gather_rows = register_autograd("gather_rows", _gather_rows_backward, _gather_rows_setup)
+_scatter_rows = register_autograd("scatter_rows", _scatter_rows_backward, _scatter_rows_setup)
 
 
 # --- public functions --------------------------------------------------------------------------------------------
@@ -225,11 +221,11 @@ def embed_inject(token_ids: Tensor, table: Tensor, rows: Tensor, row_index: Tens
         elements no value is looked at.
     Source: CoLLM (arXiv 2310.19488), section 4.2: the hybrid encoding of the prompt.
     """
-    device = table.device.type
-    if rows.dtype != table.dtype and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        rows = rows.to(table.dtype)  # the mapper's output; casting the table instead would copy the vocabulary
-    result: Tensor = torch.ops.collm_fast.embed_inject(token_ids, table, rows, row_index)
-    return result
+    if rows.dtype != table.dtype:
+        device = table.device.type
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            rows = rows.to(table.dtype)  # the mapper's output; casting the table instead would copy the vocabulary
+    return _embed_inject(token_ids, table, rows, row_index)
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:
@@ -243,8 +239,7 @@ def gather_rows(table: Tensor, index: Tensor) -> Tensor:
     Returns: [..., H]. The gradient is `scatter_rows`: deterministic, float32 accumulation.
     Raises: ValueError for other shapes, dtypes or devices and for an index out of range (see `embed_inject`).
     """
-    result: Tensor = torch.ops.collm_fast.gather_rows(table, index)
-    return result
+    return _gather_rows(table, index)
 
 
 def scatter_rows(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
@@ -260,5 +255,4 @@ def scatter_rows(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
         inputs give the same bits for any number of threads.
     Raises: ValueError for other shapes, dtypes or devices and for an index out of range (see `embed_inject`).
     """
-    result: Tensor = torch.ops.collm_fast.scatter_rows(grad, index, num_rows)
-    return result
+    return _scatter_rows(grad, index, num_rows)

@@ -25,4 +25,17 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// Whether memory stands behind the page of this address already. Where the system cannot tell, it is taken to.
+inline bool is_resident(const void* address) {
+#if defined(__linux__)
+  constexpr uintptr_t kSmallPage = uintptr_t{4} << 10;
+  const uintptr_t page = reinterpret_cast<uintptr_t>(address) & ~(kSmallPage - 1);
+  unsigned char there = 1;
+  return mincore(reinterpret_cast<void*>(page), 1, &there) != 0 || (there & 1) != 0;
+#else
+  (void)address;
+  return true;
+#endif
+}
+
 }  // namespace collm

@@ -1,5 +1,5 @@
 // Which instruction set the vector code of this process uses: one choice for every family that compiles its loops
-// several times (propagate.cpp, lora.cpp). inject.cpp leaves the choice to the loader, and its bits depend on none.
+// several times (propagate.cpp, inject.cpp, lora.cpp, decoder.cpp).
 #pragma once
 
 #include <cstdlib>

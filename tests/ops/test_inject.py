@@ -6,7 +6,9 @@ csrc/cuda/inject.cuh is run by tests/cuda_on_cpu/test_inject.py.
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -173,6 +175,39 @@ def test_many_rows_forward(device: str) -> None:
     assert torch.equal(gather_rows(table, ids), table[ids])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_width_forward(dtype: torch.dtype, device: str) -> None:
+    """Rows that end inside a vector of any instruction set; one row of the sums has several runs, one has none."""
+    for H in (1, 2, 3, 7, 15) if in_child() else (1, 2, 3, 4, 6, 7, 8, 12, 15, 17, 31, 40, 63, 65, 96, 130, 257):
+        table, index = torch.randn(5, H).to(device, dtype), torch.randint(-1, 5, (9,), device=device)
+        assert torch.equal(gather_rows(table, index), torch.cat((table, 0 * table[:1]))[index])
+        grad, where = torch.randn(150, H).to(device, dtype), torch.randint(-1, 3, (150,), device=device)
+        where[10:] = 3
+        total, truth = scatter_rows(grad, where, 5), reference.scatter_rows(grad.double(), where, 5)
+        limit = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+        assert relative(total, truth) <= limit and not total[4].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("H", [1024, 1025])
+def test_outputs_beyond_the_caches_forward(H: int, device: str) -> None:
+    """New memory and memory used before take other stores on a CPU; so do rows that are not aligned."""
+    if in_child():
+        return
+    table, rows = torch.randn(64, H, device=device), torch.randn(7, H, device=device)
+    token_ids = torch.randint(0, 64, (2600,), device=device)
+    row_index = torch.randint(-40, 7, (2600,), device=device).clamp_min(-1).to(torch.int32)
+    truth = reference.embed_inject(token_ids, table, rows, row_index)
+    for _ in range(4):  # the allocator keeps what was freed
+        assert torch.equal(embed_inject(token_ids, table, rows, row_index), truth)
+    assert torch.equal(gather_rows(rows, row_index), torch.cat((rows, 0 * rows[:1]))[row_index.long()])
+    grad = torch.randn(70, H, device=device)
+    index = torch.randint(0, 2600, (70,), device=device)
+    for _ in range(4):
+        assert relative(scatter_rows(grad, index, 2600), reference.scatter_rows(grad.double(), index, 2600)) <= 1e-6
+
+
 # --- gradients ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -227,6 +262,24 @@ def test_gradients_gradcheck(device: str) -> None:
     ):
         assert torch.autograd.gradcheck(fn, inputs)
         assert torch.autograd.gradgradcheck(fn, inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_public_functions_and_ops_have_the_same_gradients(device: str) -> None:
+    """The public functions go around the code that torch.library generates, but not under a transform."""
+    token_ids, table, rows, row_index = case("odd", torch.float32, device)
+
+    def through(fn: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda r: fn(token_ids, table, r, row_index).square().sum()
+
+    op = torch.ops.collm_fast.embed_inject
+    right = torch.autograd.grad(through(op)(rows.requires_grad_()), rows)[0]
+    assert torch.equal(torch.autograd.grad(through(embed_inject)(rows), rows)[0], right)
+    ids = token_ids.clamp_min(0)
+    assert torch.equal(torch.vmap(lambda row: gather_rows(table, row))(ids), table[ids])
+    with torch.no_grad():
+        assert not embed_inject(token_ids, table, rows, row_index).requires_grad
+    assert not gather_rows(table, ids).requires_grad
 
 
 # --- the contract with torch -------------------------------------------------------------------------------------
@@ -306,6 +359,37 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, device: str) ->
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0].view(torch.uint8), other.view(torch.uint8)) for other in results[1:])
+
+
+_BITS = """
+import hashlib, torch
+from collm_fast.ops import gather_rows, scatter_rows
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for H in (1, 7, 20, 33, 64, 200):
+        grad, index = torch.randn(700, H).to(dtype), torch.randint(-1, 40, (700,))
+        index[::2] = 3
+        for grads in (grad, grad.T.contiguous().T):
+            digest.update(scatter_rows(grads, index, 41).view(torch.uint8).numpy().tobytes())
+        digest.update(gather_rows(grad[:40], index).view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@requires("native")
+def test_same_bits_for_any_instruction_set() -> None:
+    if in_child():
+        return
+
+    def digest(simd: str) -> str:
+        environment = {**os.environ, "COLLM_FAST_SIMD": simd}
+        command = [sys.executable, "-c", _BITS]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert len({digest(""), digest("avx2"), digest("baseline")}) == 1
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
