@@ -200,8 +200,8 @@ def tree_attention(
 ) -> Tensor:
     """softmax(q k^T scaling + mask) v along every branch of every tree.
 
-    One rule chooses the kernel: in bfloat16 on a CPU plain products with a float32 softmax (forward and backward of
-    torch's fused kernel take 2 to 4 times as long there at these sizes), everywhere else torch's fused attention.
+    One rule chooses the kernel: in bfloat16 on a CPU products with float32 scores (forward and backward of torch's
+    fused kernel take 2 to 4 times as long there at these sizes), everywhere else torch's fused attention.
 
     Args:
         query: [1, h, Q, d], the plan's asked tokens; key, value: [1, h or fewer, T, d] (grouped-query heads), its own
@@ -227,7 +227,7 @@ def tree_attention(
         k = _joined([past_k[place] if is_past else own_k[place] for is_past, place in call.keys])
         v = _joined([past_v[place] if is_past else own_v[place] for is_past, place in call.keys])
         if products:
-            o = _products(q, k, v, plan.mask(call, window, q), scale)
+            o = _Products.apply(q, k, v, plan.mask(call, window, q), scale)  # type: ignore[no-untyped-call]
         else:
             o = _fused(q, k, v, plan, call, window, scale)
         # The order of torch's kernels, and of the layer that reads the result: transposed, it is one block of memory.
@@ -246,12 +246,34 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, call: _Call, window:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=scale)
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Two batched products; the query heads of one key head stand under one another, so nothing is repeated."""
-    heads, (q_length, k_length) = k.shape[1], (q.shape[2], k.shape[2])
-    scores = torch.matmul(q.reshape(heads, -1, q.shape[3]), k[0].transpose(1, 2))
-    weights = masked_softmax(scores.view(heads, -1, q_length, k_length), mask, scale)
-    return torch.matmul(weights.view(heads, -1, k_length), v[0]).view(q.shape)
+class _Products(torch.autograd.Function):
+    """softmax(q k^T scale + mask) v in bfloat16 by batched products, the query heads of one key head under one another.
+
+    Scores and their gradient are float32 until the softmax has read them: rounded to bfloat16 before, they double the
+    error of the mapper's gradient. Keeps q, k, v and the weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        heads, (q_length, k_length) = k.shape[1], (q.shape[2], k.shape[2])
+        rows = q.reshape(heads, -1, q.shape[3])
+        scores = torch.bmm(rows.float(), k[0].float().transpose(1, 2)).view(heads, -1, q_length, k_length)
+        weights = masked_softmax(scores, mask, scale, torch.bfloat16)
+        ctx.save_for_backward(rows, k, v, weights)
+        ctx.scale, ctx.shape = scale, q.shape
+        return torch.bmm(weights.view(heads, -1, k_length), v[0]).view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        rows, k, v, weights = ctx.saved_tensors
+        grad = grad.reshape(rows.shape)
+        flat = weights.view(len(rows), rows.shape[1], -1)
+        d_weights = torch.bmm(grad.float(), v[0].float().transpose(1, 2)).view(weights.shape)
+        scores = torch.ops.collm_fast.masked_softmax_backward(d_weights, weights, ctx.scale, torch.bfloat16)
+        scores = scores.view(flat.shape)
+        d_q = torch.bmm(scores, k[0]).view(ctx.shape)
+        d_k, d_v = torch.bmm(scores.transpose(1, 2), rows)[None], torch.bmm(flat.transpose(1, 2), grad)[None]
+        return d_q, d_k, d_v, None, None
 
 
 def _repeat_heads(x: Tensor, repeat: int) -> Tensor:

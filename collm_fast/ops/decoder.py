@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from collm_fast import _native, reference
-from collm_fast.ops._arguments import require
+from collm_fast.ops._arguments import dtype_name, require
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.collm_fast
@@ -25,8 +25,8 @@ for _schema in (
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     "rotate_heads(Tensor x, Tensor cos, Tensor sin) -> Tensor",
     "rotate_heads_backward(Tensor grad, Tensor cos, Tensor sin) -> Tensor",
-    "masked_softmax(Tensor scores, Tensor? mask, float scale) -> Tensor",
-    "masked_softmax_backward(Tensor grad, Tensor weights, float scale) -> Tensor",
+    "masked_softmax(Tensor scores, Tensor? mask, float scale, ScalarType? dtype=None) -> Tensor",
+    "masked_softmax_backward(Tensor grad, Tensor weights, float scale, ScalarType? dtype=None) -> Tensor",
 ):
     _native.LIBRARY.define(_schema)
 
@@ -36,8 +36,12 @@ def _check_float(op: str, name: str, tensor: Tensor) -> None:
     require(tensor.dtype in _FLOATS, op, f"{name} in float32, bfloat16, float16 or float64", tensor.dtype)
 
 
-def _check_like(op: str, name: str, tensor: Tensor, first: str, like: Tensor) -> None:
+def _check_shape(op: str, name: str, tensor: Tensor, first: str, like: Tensor) -> None:
     require(tensor.shape == like.shape, op, f"{name} of the shape of {first} {list(like.shape)}", tensor)
+
+
+def _check_like(op: str, name: str, tensor: Tensor, first: str, like: Tensor) -> None:
+    _check_shape(op, name, tensor, first, like)
     require(tensor.dtype == like.dtype, op, f"{name} of the dtype of {first}", tensor.dtype)
 
 
@@ -91,20 +95,32 @@ def _check_rotate_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> None:
     require(cos.shape[1] == grad.shape[2], op, f"cos of {grad.shape[2]} columns", cos.shape[1])
 
 
-def _check_softmax(scores: Tensor, mask: Tensor | None) -> None:
+def _check_softmax(scores: Tensor, mask: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
     op = "masked_softmax"
     require(scores.dim() >= 2, op, "scores of shape [..., Q, K]", scores)
     _check_float(op, "scores", scores)
     if mask is not None:
         require(mask.shape == scores.shape[-2:], op, f"mask of shape {list(scores.shape[-2:])}", mask)
         require(mask.dtype == torch.float32, op, "mask in float32", mask.dtype)
+    wanted = scores.dtype if dtype is None else dtype
+    good = wanted == scores.dtype or (scores.dtype, wanted) == (torch.float32, torch.bfloat16)
+    got = f"{dtype_name(wanted)} and {dtype_name(scores.dtype)}"
+    require(good, op, "weights of the dtype of the scores, or bfloat16 ones of float32 scores", got)
+    return wanted
 
 
-def _check_softmax_backward(grad: Tensor, weights: Tensor) -> None:
+def _check_softmax_backward(grad: Tensor, weights: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     op = "masked_softmax_backward"
     require(weights.dim() >= 2, op, "weights of shape [..., Q, K]", weights)
     _check_float(op, "weights", weights)
-    _check_like(op, "grad", grad, "weights", weights)
+    _check_shape(op, "grad", grad, "weights", weights)
+    wanted = grad.dtype if dtype is None else dtype
+    alike = grad.dtype == wanted == weights.dtype
+    mixed = weights.dtype == torch.bfloat16 and {grad.dtype, wanted} == {torch.float32, torch.bfloat16}
+    got = f"{dtype_name(grad.dtype)} and {dtype_name(wanted)}"
+    rule = "grad and result of the dtype of weights, or one of them float32 for bfloat16"
+    require(alike or mixed, op, rule, got)
+    return wanted
 
 
 # --- plain torch -------------------------------------------------------------------------------------------------
@@ -146,15 +162,15 @@ def _rotate_heads_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (grad * cos + torch.cat((second, -first), dim=-1)).transpose(0, 1).reshape(grad.shape[1], -1)
 
 
-def _masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    _check_softmax(scores, mask)
-    return reference.masked_softmax(scores, mask, scale).contiguous()
+def _masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    wanted = _check_softmax(scores, mask, dtype)
+    return reference.masked_softmax(scores, mask, scale, wanted).contiguous()
 
 
-def _masked_softmax_backward(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
-    _check_softmax_backward(grad, weights)
+def _masked_softmax_backward(grad: Tensor, weights: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    wanted = _check_softmax_backward(grad, weights, dtype)
     wide, p = grad.to(_sum_type(grad)), weights.to(_sum_type(weights))
-    return (p * (wide - (wide * p).sum(-1, keepdim=True)) * scale).to(grad.dtype).contiguous()
+    return (p * (wide - (wide * p).sum(-1, keepdim=True)) * scale).to(wanted).contiguous()
 
 
 _native.register("rms_norm", reference=_rms_norm)
@@ -209,15 +225,15 @@ def _rotate_heads_backward_fake(grad: Tensor, cos: Tensor, sin: Tensor) -> Tenso
 
 
 @_fake("masked_softmax")
-def _masked_softmax_fake(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    _check_softmax(scores, mask)
-    return scores.new_empty(scores.shape)
+def _masked_softmax_fake(scores: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=_check_softmax(scores, mask, dtype))
 
 
 @_fake("masked_softmax_backward")
-def _masked_softmax_backward_fake(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
-    _check_softmax_backward(grad, weights)
-    return grad.new_empty(grad.shape)
+def _masked_softmax_backward_fake(
+    grad: Tensor, weights: Tensor, scale: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=_check_softmax_backward(grad, weights, dtype))
 
 
 def _rms_norm_setup(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
@@ -248,13 +264,13 @@ def _rotate_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return _ops.rotate_heads_backward(grad, *ctx.saved_tensors), None, None
 
 
-def _softmax_setup(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: Tensor) -> None:
+def _softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output)
-    ctx.scale = inputs[2]
+    ctx.dtype, ctx.scale = inputs[0].dtype, inputs[2]
 
 
-def _softmax_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _ops.masked_softmax_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+def _softmax_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return _ops.masked_softmax_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.dtype), None, None, None
 
 
 for _name, _backward, _setup in (
@@ -304,11 +320,13 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale scores + mask) along the last axis, in the scores' dtype with sums in float32 (float64 in float64).
+def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    """softmax(scale scores + mask) along the last axis, with sums in float32 (float64 in float64).
 
-    Args: scores: [..., Q, K]; mask: [Q, K] float32, 0 or -inf, at least one 0 a row; None: every key counts.
+    Args:
+        scores: [..., Q, K]. mask: [Q, K] float32, 0 or -inf, at least one 0 a row; None: every key counts.
+        dtype: of the result: the scores', or bfloat16 for float32 scores, which one does not want rounded before.
     Raises: ValueError for other shapes and dtypes.
     """
-    out: Tensor = _ops.masked_softmax(scores, mask, scale)
+    out: Tensor = _ops.masked_softmax(scores, mask, scale, dtype)
     return out

@@ -39,9 +39,12 @@ struct Loops {
   void (*swiglu_backward)(const T*, const T*, const T*, T*, T*, int64_t);
   void (*rotate)(const T*, const T*, const T*, T*, int64_t);
   void (*rotate_backward)(const T*, const T*, const T*, T*, int64_t);
-  void (*softmax)(const T*, const float*, A, T*, A*, int64_t);
-  void (*softmax_backward)(const T*, const T*, A, T*, int64_t);
 };
+
+template <typename T, typename O, typename A>
+using SoftmaxRow = void (*)(const T*, const float*, A, O*, A*, int64_t);
+template <typename G, typename T, typename O, typename A>
+using SoftmaxRowBackward = void (*)(const G*, const T*, A, O*, int64_t);
 
 namespace baseline {
 #include "decoder_kernel.h"
@@ -76,18 +79,13 @@ namespace avx512 {
 #endif
 #endif
 
-template <typename T, typename A>
-Loops<T, A> loops() {
+// COLLM_CHOOSE(name<types>) calls the function of that name for the chosen instruction set.
 #if defined(__x86_64__)
-  if (isa() == Isa::avx512) {
-    return avx512::loops<T, A>();
-  }
-  if (isa() == Isa::avx2) {
-    return avx2::loops<T, A>();
-  }
+#define COLLM_CHOOSE(...) \
+  (isa() == Isa::avx512 ? avx512::__VA_ARGS__() : isa() == Isa::avx2 ? avx2::__VA_ARGS__() : baseline::__VA_ARGS__())
+#else
+#define COLLM_CHOOSE(...) baseline::__VA_ARGS__()
 #endif
-  return baseline::loops<T, A>();
-}
 
 // Calls f(element, sum) with values of the element's type and of the type its sums are made in.
 template <typename F>
@@ -117,12 +115,16 @@ void check_float(const char* op, const char* what, const Tensor& tensor) {
   COLLM_CHECK(served, op, what, " in float32, bfloat16, float16 or float64, got ", dtype(tensor));
 }
 
-void check_like(const char* op, const char* what, const Tensor& tensor, const char* first, const Tensor& like) {
+void check_shape(const char* op, const char* what, const Tensor& tensor, const char* first, const Tensor& like) {
   bool same = tensor.dim() == like.dim();
   for (int64_t d = 0; same && d < like.dim(); ++d) {
     same = tensor.size(d) == like.size(d);
   }
   COLLM_CHECK(same, op, what, " of the shape of ", first, " ", shape(like), ", got ", shape(tensor));
+}
+
+void check_like(const char* op, const char* what, const Tensor& tensor, const char* first, const Tensor& like) {
+  check_shape(op, what, tensor, first, like);
   COLLM_CHECK(tensor.scalar_type() == like.scalar_type(), op, what, " of the dtype of ", first, ", got ",
               dtype(tensor));
 }
@@ -159,7 +161,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   dispatch(x.scalar_type(), [&](auto element, auto sum) {
     using T = decltype(element);
     using A = decltype(sum);
-    const auto row = loops<T, A>().norm;
+    const auto row = COLLM_CHOOSE(loops<T, A>).norm;
     const T *in = from.const_data_ptr<T>(), *factor = w.const_data_ptr<T>();
     T* out = y.mutable_data_ptr<T>();
     A* kept = scale.mutable_data_ptr<A>();
@@ -189,7 +191,7 @@ Tensor rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weig
   dispatch(x.scalar_type(), [&](auto element, auto sum) {
     using T = decltype(element);
     using A = decltype(sum);
-    const auto row = loops<T, A>().norm_backward;
+    const auto row = COLLM_CHOOSE(loops<T, A>).norm_backward;
     const T *g = from.const_data_ptr<T>(), *in = at.const_data_ptr<T>(), *factor = w.const_data_ptr<T>();
     const T* other = residual ? beside.const_data_ptr<T>() : nullptr;
     const A* kept = s.const_data_ptr<A>();
@@ -212,7 +214,7 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
   Tensor out = torch::stable::new_empty(g, sizes_of(gate, gate.dim()));
   dispatch(gate.scalar_type(), [&](auto element, auto sum) {
     using T = decltype(element);
-    const auto span = loops<T, decltype(sum)>().swiglu;
+    const auto span = COLLM_CHOOSE(loops<T, decltype(sum)>).swiglu;
     const T *a = g.const_data_ptr<T>(), *b = u.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
     for_rows(gate.numel(), 1,
@@ -231,7 +233,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gat
   Tensor d_up = torch::stable::new_empty(g, sizes_of(gate, gate.dim()));
   dispatch(gate.scalar_type(), [&](auto element, auto sum) {
     using T = decltype(element);
-    const auto span = loops<T, decltype(sum)>().swiglu_backward;
+    const auto span = COLLM_CHOOSE(loops<T, decltype(sum)>).swiglu_backward;
     const T *d = from.const_data_ptr<T>(), *a = g.const_data_ptr<T>(), *b = u.const_data_ptr<T>();
     T *to_gate = d_gate.mutable_data_ptr<T>(), *to_up = d_up.mutable_data_ptr<T>();
     for_rows(gate.numel(), 1, [&](int64_t first, int64_t last) {
@@ -261,7 +263,7 @@ Tensor rotate_heads(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   Tensor out = torch::stable::new_empty(from, {heads, tokens, width});
   dispatch(x.scalar_type(), [&](auto element, auto sum) {
     using T = decltype(element);
-    const auto row = loops<T, decltype(sum)>().rotate;
+    const auto row = COLLM_CHOOSE(loops<T, decltype(sum)>).rotate;
     const T *in = from.const_data_ptr<T>(), *cosine = c.const_data_ptr<T>(), *sine = s.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
     for_rows(tokens, heads * width, [&](int64_t first, int64_t last) {
@@ -286,7 +288,7 @@ Tensor rotate_heads_backward(const Tensor& grad, const Tensor& cos, const Tensor
   Tensor dx = torch::stable::new_empty(from, {tokens, heads * width});
   dispatch(grad.scalar_type(), [&](auto element, auto sum) {
     using T = decltype(element);
-    const auto row = loops<T, decltype(sum)>().rotate_backward;
+    const auto row = COLLM_CHOOSE(loops<T, decltype(sum)>).rotate_backward;
     const T *g = from.const_data_ptr<T>(), *cosine = c.const_data_ptr<T>(), *sine = s.const_data_ptr<T>();
     T* to = dx.mutable_data_ptr<T>();
     for_rows(tokens, heads * width, [&](int64_t first, int64_t last) {
@@ -302,7 +304,19 @@ Tensor rotate_heads_backward(const Tensor& grad, const Tensor& cos, const Tensor
 }
 
 // --- masked_softmax -----------------------------------------------------------------------------------------------
-Tensor masked_softmax(const Tensor& scores, std::optional<Tensor> mask, double scale) {
+// f(scores, weights, sum): all of one type, or float32 scores and bfloat16 weights.
+template <typename F>
+void dispatch_softmax(const char* op, ScalarType scores, ScalarType weights, const F& f) {
+  if (scores == weights) {
+    return dispatch(scores, [&](auto element, auto sum) { f(element, element, sum); });
+  }
+  COLLM_CHECK(scores == ScalarType::Float && weights == ScalarType::BFloat16, op,
+              "weights of the dtype of the scores, or bfloat16 ones of float32 scores, got ", name(weights), " and ",
+              name(scores));
+  f(float{}, BFloat16{}, float{});
+}
+
+Tensor masked_softmax(const Tensor& scores, std::optional<Tensor> mask, double scale, std::optional<ScalarType> type) {
   constexpr const char* op = "masked_softmax";
   COLLM_CHECK(scores.dim() >= 2, op, "scores of shape [..., Q, K], got ", shape(scores));
   check_float(op, "scores", scores);
@@ -312,16 +326,19 @@ Tensor masked_softmax(const Tensor& scores, std::optional<Tensor> mask, double s
                 ", ", keys, "], got ", shape(*mask));
     COLLM_CHECK(mask->scalar_type() == ScalarType::Float, op, "mask in float32, got ", dtype(*mask));
   }
-  const Tensor from = dense(scores), limits = mask ? dense(*mask) : Tensor();
-  Tensor out = torch::stable::new_empty(from, sizes_of(scores, scores.dim()));
-  const int64_t rows = keys == 0 ? 0 : scores.numel() / keys;
-  dispatch(scores.scalar_type(), [&](auto element, auto sum) {
+  const ScalarType wanted = type.value_or(scores.scalar_type());
+  Tensor out;
+  dispatch_softmax(op, scores.scalar_type(), wanted, [&](auto element, auto weight, auto sum) {
     using T = decltype(element);
+    using O = decltype(weight);
     using A = decltype(sum);
-    const auto row = loops<T, A>().softmax;
+    const Tensor from = dense(scores), limits = mask ? dense(*mask) : Tensor();
+    out = torch::stable::new_empty(from, sizes_of(scores, scores.dim()), wanted);
+    const int64_t rows = keys == 0 ? 0 : scores.numel() / keys;
+    const SoftmaxRow<T, O, A> row = COLLM_CHOOSE(softmax_loop<T, O, A>);
     const T* in = from.const_data_ptr<T>();
     const float* limit = mask ? limits.const_data_ptr<float>() : nullptr;
-    T* to = out.mutable_data_ptr<T>();
+    O* to = out.mutable_data_ptr<O>();
     for_rows(rows, keys, [&](int64_t first, int64_t last) {
       std::vector<A> buffer(static_cast<size_t>(keys));
       for (int64_t r = first; r < last; ++r) {
@@ -333,26 +350,44 @@ Tensor masked_softmax(const Tensor& scores, std::optional<Tensor> mask, double s
   return out;
 }
 
-Tensor masked_softmax_backward(const Tensor& grad, const Tensor& weights, double scale) {
+template <typename G, typename T, typename O, typename A>
+void softmax_backward(const Tensor& grad, const Tensor& weights, double scale, const Tensor& out) {
+  const int64_t keys = weights.size(-1), rows = keys == 0 ? 0 : weights.numel() / keys;
+  const SoftmaxRowBackward<G, T, O, A> row = COLLM_CHOOSE(softmax_backward_loop<G, T, O, A>);
+  const Tensor from = dense(grad), p = dense(weights);
+  const G* g = from.const_data_ptr<G>();
+  const T* w = p.const_data_ptr<T>();
+  O* to = out.mutable_data_ptr<O>();
+  for_rows(rows, keys, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      row(g + r * keys, w + r * keys, static_cast<A>(scale), to + r * keys, keys);
+    }
+  });
+}
+
+Tensor masked_softmax_backward(const Tensor& grad, const Tensor& weights, double scale,
+                               std::optional<ScalarType> type) {
   constexpr const char* op = "masked_softmax_backward";
   COLLM_CHECK(weights.dim() >= 2, op, "weights of shape [..., Q, K], got ", shape(weights));
   check_float(op, "weights", weights);
-  check_like(op, "grad", grad, "weights", weights);
-  const int64_t keys = weights.size(-1), rows = keys == 0 ? 0 : weights.numel() / keys;
-  const Tensor from = dense(grad), p = dense(weights);
-  Tensor out = torch::stable::new_empty(from, sizes_of(weights, weights.dim()));
-  dispatch(weights.scalar_type(), [&](auto element, auto sum) {
-    using T = decltype(element);
-    using A = decltype(sum);
-    const auto row = loops<T, A>().softmax_backward;
-    const T *g = from.const_data_ptr<T>(), *w = p.const_data_ptr<T>();
-    T* to = out.mutable_data_ptr<T>();
-    for_rows(rows, keys, [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; ++r) {
-        row(g + r * keys, w + r * keys, static_cast<A>(scale), to + r * keys, keys);
-      }
+  check_shape(op, "grad", grad, "weights", weights);
+  const ScalarType from = grad.scalar_type(), kept = weights.scalar_type(), to = type.value_or(from);
+  const bool alike = from == kept && to == kept;
+  const bool mixed = kept == ScalarType::BFloat16 && ((from == ScalarType::Float && to == ScalarType::BFloat16) ||
+                                                      (from == ScalarType::BFloat16 && to == ScalarType::Float));
+  COLLM_CHECK(alike || mixed, op, "grad and result of the dtype of weights, or one of them float32 for bfloat16, got ",
+              name(from), " and ", name(to));
+  const Tensor out = torch::stable::new_empty(dense(weights), sizes_of(weights, weights.dim()), to);
+  if (alike) {
+    dispatch(kept, [&](auto element, auto sum) {
+      using T = decltype(element);
+      softmax_backward<T, T, T, decltype(sum)>(grad, weights, scale, out);
     });
-  });
+  } else if (from == ScalarType::Float) {
+    softmax_backward<float, BFloat16, BFloat16, float>(grad, weights, scale, out);
+  } else {
+    softmax_backward<BFloat16, BFloat16, float, float>(grad, weights, scale, out);
+  }
   return out;
 }
 

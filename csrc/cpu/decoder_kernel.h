@@ -148,8 +148,8 @@ void rotate_row_backward(const T* grad, const T* cos, const T* sin, T* dx, int64
 }
 
 // --- softmax(scale s + mask) of one row; `buffer` holds a row ------------------------------------------------------
-template <typename T, typename A>
-void softmax_row(const T* scores, const float* mask, A scale, T* out, A* buffer, int64_t n) {
+template <typename T, typename O, typename A>
+void softmax_row(const T* scores, const float* mask, A scale, O* out, A* buffer, int64_t n) {
   A lanes[kLanes];
   for (int l = 0; l < kLanes; ++l) {
     lanes[l] = -std::numeric_limits<A>::infinity();
@@ -185,8 +185,8 @@ void softmax_row(const T* scores, const float* mask, A scale, T* out, A* buffer,
 }
 
 // ds = scale p (dp - sum p dp)
-template <typename T, typename A>
-void softmax_row_backward(const T* grad, const T* weights, A scale, T* d_scores, int64_t n) {
+template <typename G, typename T, typename O, typename A>
+void softmax_row_backward(const G* grad, const T* weights, A scale, O* d_scores, int64_t n) {
   const A inner = sum_over<A>(n, [&](int64_t i) { return widen(grad[i]) * widen(weights[i]); });
   for (int64_t i = 0; i < n; ++i) {
     narrow(widen(weights[i]) * (widen(grad[i]) - inner) * scale, d_scores[i]);
@@ -195,6 +195,16 @@ void softmax_row_backward(const T* grad, const T* weights, A scale, T* d_scores,
 
 template <typename T, typename A>
 Loops<T, A> loops() {
-  return {norm_row<T, A>,   norm_row_backward<T, A>,   swiglu_span<T, A>, swiglu_span_backward<T, A>,
-          rotate_row<T, A>, rotate_row_backward<T, A>, softmax_row<T, A>, softmax_row_backward<T, A>};
+  return {norm_row<T, A>,   norm_row_backward<T, A>,  swiglu_span<T, A>, swiglu_span_backward<T, A>,
+          rotate_row<T, A>, rotate_row_backward<T, A>};
+}
+
+template <typename T, typename O, typename A>
+SoftmaxRow<T, O, A> softmax_loop() {
+  return softmax_row<T, O, A>;
+}
+
+template <typename G, typename T, typename O, typename A>
+SoftmaxRowBackward<G, T, O, A> softmax_backward_loop() {
+  return softmax_row_backward<G, T, O, A>;
 }
