@@ -1,0 +1,237 @@
+// lora_linear in float32 for AVX-512: the frozen product and the low-rank update in one kernel of our own.
+//
+// A pass around the vendor's product reads x and writes y once more than the product itself does, from beyond the
+// second-level cache: a tenth of the frozen layer's time at K = N = 576. Here the sums of a block start from the bias
+// and the low-rank part, in registers, and the rows that gave s are still in the cache when the product reads them.
+// Every sum has a fixed order that no number of threads changes.
+#pragma once
+
+#include "isa.h"
+#include "lora_avx512.h"
+
+#if defined(COLLM_X86)
+
+namespace collm::lora::product {
+
+using avx512::first;
+using avx512::kBlockRows;
+using avx512::kRows;
+
+constexpr int64_t kPanel = 48;           // outputs of one block of sums: three vectors
+constexpr int64_t kSub = 8;              // and its rows: 24 sums in registers
+constexpr int64_t kMaxTerms = 960;       // longer sums leave the cache, and rows 4 KB apart share its lines
+constexpr int64_t kRun = 320;            // terms summed apart
+constexpr int64_t kAhead = 24 * kPanel;  // what of a panel is asked for before it is used: 24 steps
+
+// The frozen factor [terms, outputs], packed: [panels][terms][48], zero past the outputs.
+struct Right {
+  using Word = float;
+  int64_t terms, outputs, r;
+  const float* data = nullptr;
+
+  static bool serves(int64_t terms) { return isa() == Isa::avx512 && terms <= kMaxTerms; }
+  int64_t panels() const { return round_up(outputs, kPanel) / kPanel; }
+  int64_t size() const { return panels() * terms * kPanel; }
+  int64_t scratch_size() const { return kBlockRows * padded(r); }
+  const float* panel(int64_t p) const { return data + p * terms * kPanel; }
+};
+
+// The panels begin .. end - 1 of a factor one of whose strides is 1, into `data`. The rank's factor stays outside.
+COLLM_AVX512 inline void pack(const float* w, int64_t term_stride, int64_t output_stride, Factor<float>,
+                              const Right& right, int64_t begin, int64_t end, float* data) {
+  const int64_t terms = right.terms, outputs = right.outputs;
+  if (output_stride == 1) {
+    // Row by row of the factor, as it lies in memory.
+    for (int64_t t = 0; t < terms; ++t) {
+      for (int64_t o = begin * kPanel; o < end * kPanel; o += 16) {
+        float* to = data + o / kPanel * terms * kPanel + t * kPanel + o % kPanel;
+        _mm512_store_ps(to, _mm512_maskz_loadu_ps(first(outputs - o), w + t * term_stride + o));
+      }
+    }
+    return;
+  }
+  for (int64_t o = begin * kPanel; o < end * kPanel; o += 16) {
+    float* to = data + o / kPanel * terms * kPanel + o % kPanel;
+    for (int64_t t = 0; t < terms; t += 16) {
+      __m512i v[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const __mmask16 exist = o + i < outputs ? first(terms - t) : 0;
+        v[i] = _mm512_maskz_loadu_epi32(exist, w + (o + i) * output_stride + t);
+      }
+      avx512::transpose(v);
+      const int64_t n = std::min<int64_t>(16, terms - t);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) {
+        if (i < n) {
+          _mm512_store_si512(to + (t + i) * kPanel, v[i]);
+        }
+      }
+    }
+  }
+}
+
+// Up to kBlockRows rows of one product.
+struct Block {
+  const float* left;
+  int64_t left_stride, rows;
+  Right right;
+  const float* start;    // [outputs], null: zero
+  const float* s;        // [round_up(rows, 8)][rp]
+  Factor<float> factor;  // s factor is added where `keep` has a bit
+  const uint16_t* keep;  // null: everywhere
+  int64_t keep_stride;
+  float* out;  // [rows][outputs]
+};
+
+// The sums of kSub rows by one panel before the product: the bias and the low-rank part, masked.
+COLLM_AVX512_INLINE void start_sums(const Block& p, int64_t row, int64_t o, __m512 (&sum)[kSub][3]) {
+#pragma GCC unroll 3
+  for (int v = 0; v < 3; ++v) {
+    const __m512 value = p.start ? _mm512_maskz_loadu_ps(first(p.right.outputs - o - 16 * v), p.start + o + 16 * v)
+                                 : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int i = 0; i < kSub; ++i) {
+      sum[i][v] = value;
+    }
+  }
+  const int64_t rp = padded(p.right.r);
+  const float* s = p.s + row * rp;
+  for (int64_t j = 0; j < p.right.r; ++j) {
+    const float* f = p.factor.data + j * p.factor.stride + o;
+    const __m512 f0 = _mm512_maskz_loadu_ps(first(p.right.outputs - o), f);
+    const __m512 f1 = _mm512_maskz_loadu_ps(first(p.right.outputs - o - 16), f + 16);
+    const __m512 f2 = _mm512_maskz_loadu_ps(first(p.right.outputs - o - 32), f + 32);
+#pragma GCC unroll 8
+    for (int i = 0; i < kSub; ++i) {
+      const __m512 c = _mm512_set1_ps(s[i * rp + j]);
+      sum[i][0] = _mm512_fmadd_ps(c, f0, sum[i][0]);
+      sum[i][1] = _mm512_fmadd_ps(c, f1, sum[i][1]);
+      sum[i][2] = _mm512_fmadd_ps(c, f2, sum[i][2]);
+    }
+  }
+  if (p.keep != nullptr) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kSub; ++i) {
+      const uint16_t* bits = p.keep + (row + i) * p.keep_stride + o / 16;
+#pragma GCC unroll 3
+      for (int v = 0; v < 3; ++v) {
+        sum[i][v] = _mm512_maskz_mov_ps(bits[v], sum[i][v]);
+      }
+    }
+  }
+}
+
+COLLM_AVX512_INLINE void ask_for(const float* right) {
+#pragma GCC unroll 3
+  for (int v = 0; v < 3; ++v) {
+    _mm_prefetch(reinterpret_cast<const char*>(right + 16 * v), _MM_HINT_T0);
+  }
+}
+
+// total = sum, or total += sum; and the sums are zero again.
+COLLM_AVX512_INLINE void set_aside(__m512 (&sum)[kSub][3], float (&total)[kSub][kPanel], bool first_run) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kSub; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < 3; ++v) {
+      float* to = total[i] + 16 * v;
+      _mm512_store_ps(to, first_run ? sum[i][v] : _mm512_add_ps(_mm512_load_ps(to), sum[i][v]));
+      sum[i][v] = _mm512_setzero_ps();
+    }
+  }
+}
+
+COLLM_AVX512_INLINE void multiply_panel(const Block& p, int64_t row, int64_t panel) {
+  const int64_t o = panel * kPanel, rows = std::min(kSub, p.rows - row);
+  __m512 sum[kSub][3];
+  start_sums(p, row, o, sum);
+  // A row that does not exist repeats the last one, and is not written.
+  const float* left[kSub];
+#pragma GCC unroll 8
+  for (int i = 0; i < kSub; ++i) {
+    left[i] = p.left + (row + std::min<int64_t>(i, rows - 1)) * p.left_stride;
+  }
+  const float* right = p.right.panel(panel);
+  alignas(64) float total[kSub][kPanel];
+  // Runs of terms are summed apart, as a vendor's product does: the rounding error grows with the longest run.
+  const int64_t terms = p.right.terms, runs = std::max<int64_t>(1, (terms + kRun - 1) / kRun);
+  for (int64_t run = 0; run < runs; ++run) {
+    if (run > 0) {
+      set_aside(sum, total, run == 1);
+    }
+    const int64_t end = terms * (run + 1) / runs;
+    for (int64_t t = terms * run / runs; t < end; ++t, right += kPanel) {
+      ask_for(right + kAhead);
+      const __m512 w0 = _mm512_load_ps(right), w1 = _mm512_load_ps(right + 16), w2 = _mm512_load_ps(right + 32);
+#pragma GCC unroll 8
+      for (int i = 0; i < kSub; ++i) {
+        const __m512 c = _mm512_set1_ps(left[i][t]);
+        sum[i][0] = _mm512_fmadd_ps(c, w0, sum[i][0]);
+        sum[i][1] = _mm512_fmadd_ps(c, w1, sum[i][1]);
+        sum[i][2] = _mm512_fmadd_ps(c, w2, sum[i][2]);
+      }
+    }
+  }
+  if (runs > 1) {
+    set_aside(sum, total, false);
+#pragma GCC unroll 8
+    for (int i = 0; i < kSub; ++i) {
+#pragma GCC unroll 3
+      for (int v = 0; v < 3; ++v) {
+        sum[i][v] = _mm512_load_ps(total[i] + 16 * v);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kSub; ++i) {
+    if (i < rows) {
+#pragma GCC unroll 3
+      for (int v = 0; v < 3; ++v) {
+        float* to = p.out + (row + i) * p.right.outputs + o + 16 * v;
+        _mm512_mask_storeu_ps(to, first(p.right.outputs - o - 16 * v), sum[i][v]);
+      }
+    }
+  }
+}
+
+COLLM_AVX512_INLINE void multiply(const Block& p) {
+  for (int64_t panel = 0; panel * kPanel < p.right.outputs; ++panel) {
+    for (int64_t row = 0; row < p.rows; row += kSub) {
+      multiply_panel(p, row, panel);
+    }
+  }
+}
+
+// y and s for the rows begin .. end - 1.
+COLLM_AVX512 inline void forward_rows(const Forward<float>& f, const Right& right, int64_t begin, int64_t end,
+                                      float* s) {
+  const int64_t rp = padded(f.r);
+  for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
+    const int64_t last = std::min(m0 + kBlockRows, end);
+    for (int64_t m = m0; m < last; m += kRows) {
+      avx512::project_x(f, m, std::min(kRows, last - m), s + (m - m0) * rp);
+    }
+    multiply({f.x + m0 * f.x_stride, f.x_stride, last - m0, right, f.bias, s, f.b, nullptr, 0, f.y + m0 * f.N});
+  }
+}
+
+// dx and what the rows begin .. end - 1 add to dA and dB^T; keep holds kBlockRows rows.
+COLLM_AVX512 inline void backward_rows(const Backward<float>& f, const Right& right, int64_t begin, int64_t end,
+                                       float* dA, float* dB, float* ds, uint16_t* keep) {
+  const int64_t rp = padded(f.r), stride = avx512::keep_stride(f.K);
+  for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
+    const int64_t last = std::min(m0 + kBlockRows, end);
+    for (int64_t m = m0; m < last; m += kRows) {
+      const int64_t rows = std::min(kRows, last - m);
+      avx512::project_grad(f, m, rows, ds + (m - m0) * rp, dB);
+      avx512::mask_x(f, m, rows, ds + (m - m0) * rp, keep + (m - m0) * stride, dA);
+    }
+    multiply({f.grad + m0 * f.grad_stride, f.grad_stride, last - m0, right, nullptr, ds, f.a, keep, stride,
+              f.dx + m0 * f.K});
+  }
+}
+
+}  // namespace collm::lora::product
+
+#endif
