@@ -27,6 +27,7 @@ import train_peers as peers
 import train_report
 import train_rows
 import train_steps
+from ceilings import dtype_name
 from rows import Row
 from torch import Tensor
 
@@ -128,8 +129,6 @@ class Bench:
         work: Callable[[], harness.Work],
     ) -> None:
         """One case: `make` gives an implementation in a dtype by its name."""
-        if self.suite.options.only and not any(text in f"{name} {pass_} {dtype}" for text in self.suite.options.only):
-            return
         truth = self.truth(name, dtype, make)
         impls = {"ours": make("ours", dtype), "naive": make("naive", dtype), "generic": make("generic", dtype)}
         try:
@@ -151,7 +150,14 @@ class Bench:
             for row in rows:
                 row.agrees = row.error is not None and row.error <= limit
 
+    def left_out(self, name: str, pass_: str, dtype: torch.dtype) -> bool:
+        """Whether --only leaves a case out: the harness's rule, before models and rows are made for it."""
+        title, only = f"{name} {pass_} {dtype_name(dtype)}", self.suite.options.only
+        return bool(only) and not any(text in title for text in only)
+
     def step(self, name: str, stage: int, order: Any, dtype: torch.dtype) -> None:
+        if self.left_out(name, "step", dtype):
+            return
         prompts, warm = self.rows.prompts["train", stage], name.endswith("warm")
         drawn = batches(prompts, order=order, batch_size=BATCH, generator=np.random.default_rng(0))
         plan = train_steps.typical(prompts, drawn[:EPOCH_PART], self.steps, BATCH)
@@ -173,6 +179,8 @@ class Bench:
 
     def evaluation(self, name: str, pass_: str, dtype: torch.dtype) -> None:
         """Logits of whole users' rows of the test split, or of one user's candidates (`rank`), without gradients."""
+        if self.left_out(name, pass_, dtype):
+            return
         prompts, warm = self.scored(pass_), name.endswith("warm")
         timed = np.arange(self.timed if pass_ == "rank" else len(prompts))
 
@@ -209,7 +217,7 @@ class Bench:
         def one(number: int) -> None:
             train_steps.step(logits, optimizer, plan[number], prompts)
 
-        return {"dtype": str(dtype).removeprefix("torch."), **train_memory.watch(one, count, self.suite.device)}
+        return {"dtype": dtype_name(dtype), **train_memory.watch(one, count, self.suite.device)}
 
     def scored(self, pass_: str) -> Prompts:
         if pass_ == "rank":
@@ -273,7 +281,7 @@ def finish(result: dict[str, Any], options: harness.Options) -> None:
     print(train_report.table(result["summary"]))
     if memory := result["data"].get("memory"):
         print(train_report.memory_line(memory))
-    if options.more["plot"] is not None:
+    if options.more["plot"] is not None and result["summary"]:
         train_report.draw(result, options.more["plot"])
 
 

@@ -135,9 +135,13 @@ def test_prompts_of_a_dataset(bench: ModuleType, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(bench, "CANDIDATES", 12)
     prepare(PrepareConfig(source="table", input=write_ratings(tmp_path / "ratings.csv"), out=tmp_path / "data"))
     places = ["--data", str(tmp_path / "data"), "--llm", str(save_llm(tmp_path / "llm"))]
-    options = ["--dtype", "float32", "--only", "rank-12", "--only", "stage2-warm", "--steps", "1"]
+    options = ["--dtype", "float32", "--only", "rank-12 rank float32", "--only", "stage2-warm", "--steps", "1"]
     assert run(bench, *places, *options, "--json", str(tmp_path / "a.json")) == 0
     result = json.loads((tmp_path / "a.json").read_text())
+    assert (
+        list(dict.fromkeys(row["case"] for row in result["rows"])) == ["stage2-warm", "rank-12"]
+        and "eval" not in result["data"]
+    )
     assert result["data"]["train"]["file"] == "train.parquet" and result["data"]["rank-12"]["samples"] == 12
     with pytest.raises(ValueError, match="expected a full history and over 5000 items"):
         bench.train_rows.of_dataset(tmp_path / "data", str(tmp_path / "llm"), 5000)
