@@ -178,7 +178,7 @@ class Bench:
         self.case(name, "step", dtype, make, work)
 
     def evaluation(self, name: str, pass_: str, dtype: torch.dtype) -> None:
-        """Logits of whole users' rows of the test split, or of one user's candidates (`rank`), without gradients."""
+        """Logits of whole groups of the test split, or of one user's candidates (`rank`), without gradients."""
         if self.left_out(name, pass_, dtype):
             return
         prompts, warm = self.scored(pass_), name.endswith("warm")
@@ -223,10 +223,7 @@ class Bench:
         if pass_ == "rank":
             return self.rows.prompts["rank", 2]
         everyone = self.rows.prompts["test", 2]
-        users = np.random.default_rng(1).permutation(np.unique(everyone.uid))
-        counts = np.bincount(everyone.uid)[users]
-        chosen = users[: int(np.searchsorted(np.cumsum(counts), self.eval_rows)) + 1]
-        return everyone.take(np.isin(everyone.uid, chosen))
+        return everyone.take(train_steps.typical_groups(everyone, self.eval_rows))
 
     def note(self, name: str, prompts: Prompts, rows: np.ndarray, packed: Sequence[PackedBatch]) -> None:
         """What a call of the case computes, into the result file."""

@@ -79,3 +79,19 @@ def scores(logits: peers.Logits, plan: Sequence[np.ndarray]) -> harness.Impl:
         return torch.cat([logits(rows).cpu() for rows in plan])[order]
 
     return run
+
+
+def typical_groups(prompts: Prompts, count: int) -> np.ndarray:
+    """Rows, in order, of random whole (user, history) groups until `count` are reached.
+
+    Of 32 draws the one that shares as much of its tokens as the draws do on average: few groups differ much in that.
+    """
+    lengths, names = np.diff(prompts.offsets), np.unique(prompts.group)
+    sizes = np.bincount(prompts.group)
+    draws, shares = [], []
+    for seed in range(32):
+        order = np.random.default_rng(seed).permutation(names)
+        chosen = order[: int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1]
+        draws.append(np.flatnonzero(np.isin(prompts.group, chosen)))
+        shares.append(len(pack(prompts, draws[-1]).token_ids) / lengths[draws[-1]].sum())
+    return draws[int(np.argmin(np.abs(np.array(shares) - np.mean(shares))))]

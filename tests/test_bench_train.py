@@ -255,6 +255,14 @@ def test_typical_batches_are_the_nearest_to_the_mean(bench: ModuleType) -> None:
     assert max(abs(len(pack(prompts, rows).token_ids) / mean - 1) for rows in chosen) < gaps[len(gaps) // 2]
 
 
+def test_typical_groups_are_whole(bench: ModuleType) -> None:
+    prompts = bench.train_rows.synthetic(512, 60, 3, short=True).prompts["test", 2]
+    rows = bench.train_steps.typical_groups(prompts, 30)
+    assert 30 <= len(rows) < 30 + np.bincount(prompts.group).max() and (np.diff(rows) > 0).all()
+    chosen = np.isin(prompts.group, prompts.group[rows])
+    np.testing.assert_array_equal(np.flatnonzero(chosen), rows)
+
+
 def test_memory_growth_is_counted_from_the_fiftieth_step(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     watch, device = bench.train_memory.watch, torch.device("cpu")
     read = iter([100, 200, 300, 400, 500, 530, 560, 590])
