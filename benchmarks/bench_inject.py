@@ -65,13 +65,16 @@ def gathers(table: Tensor, index: Tensor) -> dict[str, Gather]:
 
 def injection(suite: harness.Suite, T: int, H: int, S: int, V: int, dtype: torch.dtype) -> None:
     """T tokens of which 2 S are places of S rows."""
+    name = f"inject T={T} H={H} S={S}"
+    if not suite.wanted(name, ("fwd", "fwd+bwd"), dtype):
+        return
     everything = suite.tensor(V + S, H, dtype=dtype, scale=0.1)
     table, rows = everything[:V], everything[V:].clone()
     token_ids = suite.integers(0, V, T)
     row_index = torch.full((T,), -1, dtype=torch.int32, device=suite.device)
     places = suite.integers(0, T // (2 * S), 2 * S) + torch.arange(2 * S, device=suite.device) * (T // (2 * S))
     row_index[places] = torch.arange(2 * S, dtype=torch.int32, device=suite.device) % S
-    name, moved = f"inject T={T} H={H} S={S}", 2 * T * H * table.element_size()
+    moved = 2 * T * H * table.element_size()
     floor = gathers(everything, torch.where(row_index >= 0, row_index + V, token_ids))
     impls = {impl: partial(fn, token_ids, table, rows, row_index) for impl, fn in INJECTORS.items()} | floor
     # A copy: exact in every dtype.

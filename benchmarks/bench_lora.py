@@ -61,6 +61,10 @@ class Layer:
         return [y.detach(), *torch.autograd.grad(y, leaves, self.grad.double())]
 
 
+# Pass, how many results it has, how many products of the frozen weight.
+PASSES = (("fwd", 1, 1), ("fwd+dx", 2, 2), ("fwd+bwd", 4, 2))
+
+
 def peft_layer(layer: Layer, *, low: bool) -> nn.Module:
     """PEFT's LoRA layer over the same tensors."""
     import peft
@@ -130,6 +134,9 @@ def impls(layer: Layer, pass_: str, truth: Sequence[Tensor]) -> dict[str, harnes
 
 
 def lora(suite: harness.Suite, name: str, M: int, K: int, N: int, r: int, p: float, dtype: torch.dtype) -> None:
+    title = f"{name} M={M} K={K} N={N} r={r} p={p}"
+    if not suite.wanted(title, [pass_ for pass_, *_ in PASSES], dtype):
+        return
     layer = Layer(
         x=suite.tensor(M, K, dtype=dtype),
         weight=suite.tensor(N, K, dtype=dtype, scale=K**-0.5),
@@ -142,14 +149,16 @@ def lora(suite: harness.Suite, name: str, M: int, K: int, N: int, r: int, p: flo
     truth = layer.truth()
     product = 2.0 * M * N * K
     moved = (M * K + N * K + M * N) * layer.x.element_size()
-    for pass_, count, products in (("fwd", 1, 1), ("fwd+dx", 2, 2), ("fwd+bwd", 4, 2)):
+    for pass_, count, products in PASSES:
+        if not suite.wanted(title, (pass_,), dtype):
+            continue
         found = impls(layer, pass_, truth)
         ours = found["ours"]()
         gap = harness.distance([ours] if isinstance(ours, Tensor) else ours, truth[:count])
         if not gap <= harness.TOLERANCE[dtype]:
             raise ValueError(f"{name}: expected ours within {harness.TOLERANCE[dtype]} of float64, got {gap}")
         suite.case(
-            f"{name} M={M} K={K} N={N} r={r} p={p}",
+            title,
             pass_,
             dtype,
             found,

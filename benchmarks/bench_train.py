@@ -150,13 +150,8 @@ class Bench:
             for row in rows:
                 row.agrees = row.error is not None and row.error <= limit
 
-    def left_out(self, name: str, pass_: str, dtype: torch.dtype) -> bool:
-        """Whether --only leaves a case out: the harness's rule, before models and rows are made for it."""
-        title, only = f"{name} {pass_} {dtype_name(dtype)}", self.suite.options.only
-        return bool(only) and not any(text in title for text in only)
-
     def step(self, name: str, stage: int, order: Any, dtype: torch.dtype) -> None:
-        if self.left_out(name, "step", dtype):
+        if not self.suite.wanted(name, ("step",), dtype):
             return
         prompts, warm = self.rows.prompts["train", stage], name.endswith("warm")
         drawn = batches(prompts, order=order, batch_size=BATCH, generator=np.random.default_rng(0))
@@ -179,7 +174,7 @@ class Bench:
 
     def evaluation(self, name: str, pass_: str, dtype: torch.dtype) -> None:
         """Logits of whole groups of the test split, or of one user's candidates (`rank`), without gradients."""
-        if self.left_out(name, pass_, dtype):
+        if not self.suite.wanted(name, (pass_,), dtype):
             return
         prompts, warm = self.scored(pass_), name.endswith("warm")
         timed = np.arange(self.timed if pass_ == "rank" else len(prompts))

@@ -97,6 +97,12 @@ class Suite:
         self.data[name] = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
         return path
 
+    def wanted(self, name: str, passes: Sequence[str], dtype: torch.dtype) -> bool:
+        """Whether `--only` takes one of these passes of a case; ask before a case's tensors are made."""
+        titles = [f"{name} {pass_} {dtype_name(dtype)}" for pass_ in passes]
+        only = self.options.only
+        return not only or any(text in title for text in only for title in titles)
+
     def case(
         self,
         name: str,
@@ -116,9 +122,9 @@ class Suite:
         """
         if pass_ not in PASSES:
             raise ValueError(f"benchmark: expected a pass of {', '.join(PASSES)}, got {pass_!r}")
-        title = f"{name} {pass_} {dtype_name(dtype)}"
-        if self.options.only and not any(text in title for text in self.options.only):
+        if not self.wanted(name, (pass_,), dtype):
             return
+        title = f"{name} {pass_} {dtype_name(dtype)}"
         print(title, file=sys.stderr, flush=True)
         errors, running, first = self._compare(title, impls() if callable(impls) else impls, expected)
         work = work() if callable(work) else work
