@@ -236,8 +236,15 @@ def test_missing_backends_are_errors(probe: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ImportError, match=f"COLLM_FAST_BACKEND=native: expected a compiled {probe} for the CPU"):
         _native.register(probe, reference=lambda x: x)
     monkeypatch.setattr(_native, "BACKEND", "triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="COLLM_FAST_BACKEND=triton: expected triton for"):
-        _native.register(probe, reference=lambda x: x)
+        _native.register(probe, reference=lambda x: x, triton=lambda x: x)
+
+
+def test_an_op_without_a_triton_form_is_served_by_plain_torch(probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "BACKEND", "triton")
+    _native.register(probe, reference=lambda x: x)
+    assert _native.backends[probe]["cpu"] == "reference"
 
 
 @requires("native")

@@ -62,7 +62,8 @@ def test_the_parts_of_a_batch_add_up_to_the_gradient_of_the_whole(tmp_path, stag
         for name, value in whole.items():
             assert (parts[name] - value).norm() <= 3e-6 * value.norm(), name
         together, expected = (torch.cat([g.flatten() for g in each.values()]) for each in (parts, whole))
-        assert (together - expected).norm() <= 1e-6 * expected.norm()
+        # Small parts and the whole may take different kernels: float32 rounding remains.
+        assert (together - expected).norm() <= 3e-6 * expected.norm()
 
 
 def test_a_batch_that_fits_is_computed_as_it_stands(tmp_path):

@@ -25,8 +25,8 @@ class Alive:
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         if tag.endswith("train/loss") and step in self.steps:
             gc.collect()
-            # By the type: asking some objects for their class warns.
-            tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+            # By the type: asking some objects for their class warns, and caches of torch.compile hold fake tensors.
+            tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
             storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
             self.found.append((len(tensors), sum(storages.values())))
 
