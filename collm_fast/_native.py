@@ -142,12 +142,17 @@ def _missing(name: str, device: str) -> Callable[..., NoReturn]:
     return raise_missing
 
 
-def _choose(device: str, key: str, name: str, has_triton: bool) -> Backend | None:
-    """Which implementation serves this device; None if the backend that was asked for cannot."""
+def _choose(device: str, key: str, name: str, has_triton: bool, *, plain: bool) -> Backend | None:
+    """Which implementation serves this device; None if the backend that was asked for cannot.
+
+    `plain`: the op has no Triton form, so plain torch serves where Triton would.
+    """
     if BACKEND == "reference":
         return "reference"
     if BACKEND != "triton" and torch._C._dispatch_has_kernel_for_dispatch_key(f"collm_fast::{name}", key):
         return "native"
+    if plain and (BACKEND == "triton" or (BACKEND == "native" and device == "cuda")):
+        return "reference"
     if BACKEND == "native":
         return None
     if BACKEND == "triton":
@@ -170,8 +175,7 @@ def register(name: str, *, reference: Callable[..., Any], triton: Callable[..., 
         raise ImportError(f"COLLM_FAST_BACKEND=triton: expected triton for {name}, got none; do: pip install triton")
     chosen: dict[str, Backend | None] = {}
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-        asks_for_none = triton is None and (BACKEND == "triton" or (BACKEND == "native" and device == "cuda"))
-        backend = "reference" if asks_for_none else _choose(device, key, name, has_triton)
+        backend = _choose(device, key, name, has_triton, plain=triton is None)
         if backend is None and device == "cpu" and BACKEND == "native":
             raise ImportError(f"COLLM_FAST_BACKEND=native: expected a compiled {name} for the CPU, got none")
         if backend == "triton":

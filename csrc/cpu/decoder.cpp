@@ -46,38 +46,8 @@ using SoftmaxRow = void (*)(const T*, const float*, A, O*, A*, int64_t);
 template <typename G, typename T, typename O, typename A>
 using SoftmaxRowBackward = void (*)(const G*, const T*, A, O*, int64_t);
 
-namespace baseline {
-#include "decoder_kernel.h"
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace avx2 {
-#include "decoder_kernel.h"
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
-namespace avx512 {
-#include "decoder_kernel.h"
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define COLLM_LOOPS "decoder_kernel.h"
+#include "each_isa.h"
 
 // COLLM_CHOOSE(name<types>) calls the function of that name for the chosen instruction set.
 #if defined(__x86_64__)

@@ -64,44 +64,8 @@ struct Loops {
   void (*sum_bfloat16)(const Sums<BFloat16>& sums, int64_t first, int64_t last);
 };
 
-namespace baseline {
-#define COLLM_LANE_BYTES 16
-#include "inject_kernel.h"
-#undef COLLM_LANE_BYTES
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace avx2 {
-#define COLLM_LANE_BYTES 32
-#include "inject_kernel.h"
-#undef COLLM_LANE_BYTES
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
-namespace avx512 {
-#define COLLM_LANE_BYTES 64
-#include "inject_kernel.h"
-#undef COLLM_LANE_BYTES
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define COLLM_LOOPS "inject_kernel.h"
+#include "each_isa.h"
 
 const Loops& loops() {
 #if defined(__x86_64__)

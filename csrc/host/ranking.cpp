@@ -41,43 +41,8 @@ struct Kernel {
 constexpr int kMaxUsers = 12, kMaxTile = kMaxUsers * 32;
 constexpr int kPanels = 8;  // so many tiles a user, then it is asked who is done
 
-namespace baseline {
-#define COLLM_LANE_BYTES 16
-#include "ranking_kernel.h"
-#undef COLLM_LANE_BYTES
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-#define COLLM_LANE_BYTES 32
-#include "ranking_kernel.h"
-#undef COLLM_LANE_BYTES
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
-#endif
-namespace avx512 {
-#define COLLM_LANE_BYTES 64
-#include "ranking_kernel.h"
-#undef COLLM_LANE_BYTES
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define COLLM_LOOPS "../host/ranking_kernel.h"
+#include "../cpu/each_isa.h"
 
 template <typename T>
 Kernel<T> kernel() {
