@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from small_llm import small_model, small_tokenizer
 
+from collm_fast.config import PrepareConfig
+from collm_fast.data.prepare import prepare
+
 # Titles that a prompt must survive: every tag, quotes, control characters, markup.
 ODD_TITLES = (
     "<UserID> <ItemIDList> <ItemTitleList> <TargetItemID> <TargetItemTitle>",
@@ -49,6 +52,14 @@ def quick_reports(patch: pytest.MonkeyPatch) -> None:
     """Few resamples and no drawing: half of a small run's time, and the subject of test_report.py and test_cli.py."""
     patch.setattr("collm_fast.evaluate.BOOTSTRAP_SAMPLES", 20)
     patch.setattr("collm_fast.plots._png", lambda figure: b"\x89PNG")
+
+
+def write_world(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """`data` and `llm` in a folder, the caches beside them, and `quick_reports`."""
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    quick_reports(patch)
+    prepare(PrepareConfig(source="table", input=write_ratings(folder / "ratings.csv"), out=folder / "data"))
+    save_llm(folder / "llm")
 
 
 # Options of a training that takes a second.

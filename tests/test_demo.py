@@ -7,13 +7,11 @@ import shutil
 import signal
 
 import pytest
-from small_run import quick_reports, save_llm, write_ratings
+from small_run import write_world
 
 import collm_fast
 from collm_fast import demo
 from collm_fast.cli import main
-from collm_fast.config import PrepareConfig
-from collm_fast.data.prepare import prepare
 from collm_fast.training import loop
 
 SIZES = demo.BF16, demo.FLOAT32  # before the tests make them small
@@ -24,13 +22,10 @@ def world(tmp_path_factory):
     """Data, model and one finished demo."""
     folder = tmp_path_factory.mktemp("world")
     patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    quick_reports(patch)
+    write_world(folder, patch)
     small = demo.MachineClass("small products", 48, 0.01, 0.01)
     patch.setattr(demo, "BF16", small)
     patch.setattr(demo, "FLOAT32", small)
-    prepare(PrepareConfig(source="table", input=write_ratings(folder / "ratings.csv"), out=folder / "data"))
-    save_llm(folder / "llm")
     assert main(command(folder, folder / "demo")) == 0
     yield folder
     patch.undo()

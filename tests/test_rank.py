@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from small_run import QUICK, quick_reports, save_llm, write_ratings
+from small_run import QUICK, write_world
 
 import collm_fast
 from collm_fast import rank, run
 from collm_fast.cli import main
-from collm_fast.config import PrepareConfig
-from collm_fast.data.prepare import prepare
 from collm_fast.io import tables
 from collm_fast.io.tables import read_table, write_parts, write_table
 
@@ -23,10 +21,7 @@ from collm_fast.io.tables import read_table, write_parts, write_table
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    quick_reports(patch)
-    prepare(PrepareConfig(source="table", input=write_ratings(folder / "ratings.csv"), out=folder / "data"))
-    save_llm(folder / "llm")
+    write_world(folder, patch)
     places = ["--data", folder / "data", "--llm", folder / "llm", "--cf", "mf", "--out", folder / "run"]
     options = ["--mapper.inputs", "+pair", "--max-steps", "1"]
     assert main(["train", *map(str, places), *QUICK, *options]) == 0

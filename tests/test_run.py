@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small_run import QUICK, quick_reports, save_llm, write_ratings
+from small_run import QUICK, save_llm, write_ratings, write_world
 
 import collm_fast
 from collm_fast.cli import main
@@ -48,10 +48,7 @@ FILES = ("mapper.safetensors", "cf.safetensors", "adapter/adapter_model.safetens
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    quick_reports(patch)
-    prepare(PrepareConfig(source="table", input=write_ratings(folder / "ratings.csv"), out=folder / "data"))
-    save_llm(folder / "llm")
+    write_world(folder, patch)
     collm_fast.train(folder / "data", folder / "llm", "mf", folder / "run", **OPTIONS)
     yield folder
     patch.undo()

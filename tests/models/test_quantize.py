@@ -11,13 +11,12 @@ import pytest
 import torch
 from conftest import requires
 from small_llm import random_prompts, small_model
-from small_run import quick_reports, save_llm, write_ratings
+from small_run import save_llm, write_world
 from torch import Tensor, nn
 
 import collm_fast
-from collm_fast.config import LoraConfig, PrepareConfig
+from collm_fast.config import LoraConfig
 from collm_fast.data.packing import pack
-from collm_fast.data.prepare import prepare
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.llm import fingerprint, load_llm
 from collm_fast.models.lora import LoraLinear, add_lora, lora_layers, set_step_seed
@@ -182,10 +181,7 @@ def test_models_of_bitsandbytes_compute_what_their_weights_say(tmp_path: Path) -
 @requires("bitsandbytes")
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_quantised_run_trains_opens_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    quick_reports(monkeypatch)
-    prepare(PrepareConfig(source="table", input=write_ratings(tmp_path / "ratings.csv"), out=tmp_path / "data"))
-    save_llm(tmp_path / "llm")
+    write_world(tmp_path, monkeypatch)
     options = {
         **{"limit_train": 16, "limit_eval": 16, "max_steps": 2, "dtype": "float32", "quantize": form},
         **{"collaborative": {"max_epochs": 2, "dim": 4}, "prompt": {"history_length": 2}},

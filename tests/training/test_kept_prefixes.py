@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import quick_reports, save_llm, write_ratings
+from small_run import write_world
 
 import collm_fast
-from collm_fast.config import PrepareConfig
-from collm_fast.data.prepare import prepare
 from collm_fast.models.prefix_cache import PrefixCache
 from collm_fast.training import pipeline
 
@@ -32,10 +30,7 @@ OPTIONS = {
 def test_a_run_with_kept_prefixes_scores_alike_and_continues_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    quick_reports(monkeypatch)
-    prepare(PrepareConfig(source="table", input=write_ratings(tmp_path / "ratings.csv"), out=tmp_path / "data"))
-    save_llm(tmp_path / "llm")
+    write_world(tmp_path, monkeypatch)
     saved: list[int] = []
     look = PrefixCache.get
 
