@@ -73,6 +73,7 @@ class Suite:
         self.device = torch.device(self.options.device)
         self._generator = torch.Generator().manual_seed(0)
         self._hash = hashlib.sha256()
+        self._done: set[tuple[str, str, str]] = set()
 
     @property
     def by_cpu(self) -> bool:
@@ -97,11 +98,32 @@ class Suite:
         self.data[name] = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
         return path
 
+    def resume(self, result: Mapping[str, Any]) -> None:
+        """Goes on from a result file: its rows and ceilings stay, and the cases of these rows are not run again.
+
+        Raises: ValueError where the file was measured elsewhere, with other versions or code, or with other threads.
+        """
+        here = machine.description(self.device)
+        for key in here:
+            if result[key] != here[key]:
+                raise ValueError(f"--continue: expected a file with {key} {here[key]!r}, got {result[key]!r}")
+        self.rows = [Row.from_json(row) for row in result["rows"]]
+        for row in self.rows:
+            if row.threads != self.options.threads:
+                raise ValueError(f"--continue: expected a file of {self.options.threads} threads, got {row.threads}")
+        self._done = {(row.case, row.pass_, row.dtype) for row in self.rows}
+        self.failures, self.data, self.ceilings = list(result["failures"]), dict(result["data"]), result["ceilings"]
+        # What is drawn from here on is hashed behind what was.
+        self._hash.update(str(self.data.get("synthetic")).encode())
+
     def wanted(self, name: str, passes: Sequence[str], dtype: torch.dtype) -> bool:
-        """Whether `--only` takes one of these passes of a case; ask before a case's tensors are made."""
-        titles = [f"{name} {pass_} {dtype_name(dtype)}" for pass_ in passes]
-        only = self.options.only
-        return not only or any(text in title for text in only for title in titles)
+        """Whether one of these passes of a case is to run: `--only` takes it, and it is not in the file continued.
+
+        Ask before a case's tensors are made.
+        """
+        only, kind = self.options.only, dtype_name(dtype)
+        titles = [f"{name} {pass_} {kind}" for pass_ in passes if (name, pass_, kind) not in self._done]
+        return any(not only or any(text in title for text in only) for title in titles)
 
     def case(
         self,
@@ -126,6 +148,8 @@ class Suite:
             return
         title = f"{name} {pass_} {dtype_name(dtype)}"
         print(title, file=sys.stderr, flush=True)
+        if self.options.json is not None and self.rows:
+            write_json(self.to_json(), self.options.json)
         errors, running, first = self._compare(title, impls() if callable(impls) else impls, expected)
         work = work() if callable(work) else work
         rate = self._gather_rate(work)
@@ -304,7 +328,7 @@ def main(
     add: Callable[[argparse.ArgumentParser], None] | None = None,
     finish: Callable[[dict[str, Any], Options], None] | None = None,
 ) -> int:
-    """Runs the cases, prints the table, writes the file.
+    """Runs the cases, prints the table, writes the file; before each case, the file with what is measured so far.
 
     Args: add: adds a benchmark's own options to the parser. finish: is given the result before it is written.
     Returns: 1 if an output of ours differs from what was expected, or if no case ran; else 0.
@@ -314,7 +338,11 @@ def main(
         result = _again([sys.argv[0], *(sys.argv[1:] if argv is None else argv)], options.processes)
     else:
         machine.pin(options.threads)
-        suite = Suite(options, measure_ceilings(torch.device(options.device), quick=options.quick))
+        suite = Suite(options)
+        if options.resume and options.json is not None and options.json.is_file():
+            suite.resume(json.loads(options.json.read_text()))
+        else:
+            suite.ceilings = measure_ceilings(torch.device(options.device), quick=options.quick)
         cases(suite)
         result = suite.to_json()
     rows = [Row.from_json(row) for row in result["rows"]]

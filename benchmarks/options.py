@@ -29,6 +29,7 @@ class Options:
     processes: int = 1
     only: tuple[str, ...] = ()
     json: Path | None = None
+    resume: bool = False
     peak: bool = True
     more: Mapping[str, Any] = field(default_factory=dict)  # what a benchmark added of its own
 
@@ -41,6 +42,8 @@ def parse(
     """The options of a command line; exits with 2 for a bad one. `add` gives the parser a benchmark's own."""
     parser = argparse.ArgumentParser(description=(doc or "").strip().split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the result file here")
+    goes_on = "keep the rows of the file, if they are of this machine and commit, and run the cases it lacks"
+    parser.add_argument("--continue", dest="resume", action="store_true", help=goes_on)
     parser.add_argument("--quick", action="store_true", help="few rounds, small ceilings: to see that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="processor threads, pinned to as many cores")
@@ -59,6 +62,8 @@ def parse(
         value = getattr(given, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
+    if given.resume and (given.json is None or given.processes > 1):
+        parser.error("--continue: expected --json and one process")
     if not given.seconds > 0:
         parser.error(f"--seconds: expected more than 0, got {given.seconds}")
     if given.device.startswith("cuda") and not torch.cuda.is_available():
@@ -74,6 +79,7 @@ def parse(
         processes=given.processes,
         only=tuple(given.only),
         json=given.json,
+        resume=given.resume,
         peak=given.peak,
         more={
             name: value for name, value in vars(given).items() if name not in {item.name for item in fields(Options)}

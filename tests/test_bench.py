@@ -245,6 +245,7 @@ def test_the_machine_is_described(harness: ModuleType, monkeypatch: pytest.Monke
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--rounds", "-1"], "--rounds: expected at least 1, got -1"),
         (["--seconds", "0"], "--seconds: expected more than 0, got 0.0"),
+        (["--continue"], "--continue: expected --json and one process"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
@@ -274,6 +275,45 @@ def test_main_writes_the_file_and_fails_on_a_wrong_output(
     assert json.loads(path.read_text())["rows"][0]["error"] is None
     assert harness.main(lambda suite: None, None, ["--quick", "--device", "cpu"]) == 1
     assert "no case was run" in capsys.readouterr().out
+
+
+def test_a_run_that_was_cut_short_continues(
+    harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device, quick: CEILINGS)
+    ran: list[str] = []
+
+    def cases(suite: Any) -> None:
+        for name in ("a", "b", "c"):
+            if not suite.wanted(name, ("fwd", "eval"), torch.float32):
+                continue
+            x = suite.tensor(8)
+            ran.append(name)
+            if len(ran) == 2:
+                raise KeyboardInterrupt
+            suite.case(name, "fwd", x.dtype, {"ours": lambda x=x: x + x}, expected=lambda x=x: x * 2)
+            suite.case(name, "eval", x.dtype, {"ours": lambda x=x: x + x}, expected=lambda x=x: x * 2)
+
+    path = tmp_path / "toy.json"
+    arguments = ["--quick", "--device", "cpu", "--json", str(path), "--continue"]
+    with pytest.raises(KeyboardInterrupt):
+        harness.main(cases, None, arguments)
+    # What was measured before the last case began is there.
+    (first,) = json.loads(path.read_text())["rows"]
+    monkeypatch.setattr(harness, "measure_ceilings", None)
+    assert harness.main(cases, None, arguments) == 0
+    result = json.loads(path.read_text())
+    assert ran == ["a", "b", "a", "b", "c"] and result["ceilings"] == CEILINGS
+    assert [(row["case"], row["pass"]) for row in result["rows"]] == [(c, p) for c in "abc" for p in ("fwd", "eval")]
+    assert result["rows"][0] == first
+    assert harness.main(cases, None, arguments) == 0 and len(ran) == 5
+    for key, value in (("commit", "another"), ("cpu", "a better one")):
+        path.write_text(json.dumps({**result, key: value}))
+        with pytest.raises(ValueError, match=f"--continue: expected a file with {key} "):
+            harness.main(cases, None, arguments)
+    path.write_text(json.dumps({**result, "rows": [{**first, "threads": 2}]}))
+    with pytest.raises(ValueError, match="expected a file of 1 threads, got 2"):
+        harness.main(cases, None, arguments)
 
 
 def test_several_processes_are_merged(tmp_path: Path) -> None:
