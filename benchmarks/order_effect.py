@@ -26,7 +26,7 @@ from collm_fast.data.dataset import load_dataset
 from collm_fast.training.cf import fit_cf
 
 ORDERS = ("group", "random")
-STAGES = ("stage1", "stage2")
+STAGES = {"lora": ("stage1",), "cie": ("stage2",), "both": ("stage1", "stage2")}
 HELD_OUT = 0.1
 
 
@@ -41,6 +41,7 @@ def run_one(arguments: argparse.Namespace, order: str, seed: int) -> dict[str, A
         arguments.out / f"{order}-{seed}",
         order=order,
         seed=seed,
+        stage=arguments.stage,
         loss="yes-no",
         cie_rows="held-out",
         collaborative={"held_out": HELD_OUT},
@@ -53,20 +54,18 @@ def run_one(arguments: argparse.Namespace, order: str, seed: int) -> dict[str, A
         stage2={**stage, "lr": 3e-4},
     )
     row: dict[str, Any] = {"order": order, "seed": seed, "dtype": run.record["dtype"]}
-    for name in STAGES:
+    for name in STAGES[arguments.stage]:
         test = run.metrics[name]["test"]["all"]
         row |= {f"{name}_auc": test["auc"], f"{name}_uauc": test["uauc"]}
         row[f"{name}_s"] = run.record["seconds"][name]
     return row
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]], stages: Sequence[str]) -> str:
     """Every run, the mean of each order, and the difference of the two within a seed."""
-    names = [f"{stage}_{metric}" for stage in STAGES for metric in ("auc", "uauc")]
-    lines = [
-        "| order | seed | stage 1 AUC | stage 1 UAUC | stage 2 AUC | stage 2 UAUC |",
-        "|---|---|---|---|---|---|",
-    ]
+    names = [f"{stage}_{metric}" for stage in stages for metric in ("auc", "uauc")]
+    titles = [f"stage {stage[-1]} {metric}" for stage in stages for metric in ("AUC", "UAUC")]
+    lines = [f"| order | seed | {' | '.join(titles)} |", "|---" * (2 + len(titles)) + "|"]
     for row in rows:
         lines.append(f"| {row['order']} | {row['seed']} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |")
     values = {order: np.array([[r[n] for n in names] for r in rows if r["order"] == order]) for order in ORDERS}
@@ -88,6 +87,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--prompts", type=int, default=1000, help="training prompts of each stage")
+    parser.add_argument("--stage", choices=tuple(STAGES), default="both")
+    parser.add_argument("--name", default="order-effect", help="of the two files in the results folder")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     if len(arguments.seeds) < 2:
@@ -105,11 +106,13 @@ def main() -> None:
         **machine.description(torch.device("cpu")),
         "data": dataset.fingerprint,
         "prompts": arguments.prompts,
+        "stage": arguments.stage,
         "rows": rows,
     }
-    (arguments.results / "order-effect.json").write_text(json.dumps(found, indent=1) + "\n")
-    heading = "# Training in the order `group` against `random`: test metrics of both stages\n\n"
-    (arguments.results / "order-effect.md").write_text(f"{heading}{table(rows)}\n")
+    (arguments.results / f"{arguments.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    heading = f"# Training in the order `group` against `random`: test metrics, {arguments.prompts} prompts a stage"
+    shown = table(rows, STAGES[arguments.stage])
+    (arguments.results / f"{arguments.name}.md").write_text(f"{heading}\n\n{shown}\n")
 
 
 if __name__ == "__main__":
