@@ -1,4 +1,4 @@
-"""What the order of training costs in accuracy: both stages in the orders group and random, over several seeds.
+"""What the order of training costs in accuracy: the stages in the orders group and random, over several seeds.
 
     collm-fast prepare --source ml-100k --out data/ml-100k
     python benchmarks/order_effect.py --data data/ml-100k --llm smollm2 --out runs/order
@@ -25,21 +25,22 @@ from collm_fast.config import CFConfig
 from collm_fast.data.dataset import load_dataset
 from collm_fast.training.cf import fit_cf
 
-ORDERS = ("group", "random")
 STAGES = {"lora": ("stage1",), "cie": ("stage2",), "both": ("stage1", "stage2")}
 HELD_OUT = 0.1
 
 
 def run_one(arguments: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
-    """One run's test metrics and seconds; the rows of the subsets follow from the seed, the same for both orders."""
+    """One run's test metrics and seconds; the rows of the subsets follow from the seed, the same for all orders."""
+    name, _, cut = order.partition(":")
     steps = -(-arguments.prompts // 16)
     stage = {"epochs": 1.0, "eval_every": -(-steps // 2), "patience": None}
     run = collm_fast.train(
         arguments.data,
         arguments.llm,
         arguments.out / "cf",
-        arguments.out / f"{order}-{seed}",
-        order=order,
+        arguments.out / f"{order.replace(':', '')}-{seed}",
+        order=name,
+        group_rows=int(cut) if cut else None,
         seed=seed,
         stage=arguments.stage,
         loss="yes-no",
@@ -62,21 +63,23 @@ def run_one(arguments: argparse.Namespace, order: str, seed: int) -> dict[str, A
 
 
 def table(rows: Sequence[dict[str, Any]], stages: Sequence[str]) -> str:
-    """Every run, the mean of each order, and the difference of the two within a seed."""
+    """Every run, the mean of each order, and its difference from the last one within a seed."""
     names = [f"{stage}_{metric}" for stage in stages for metric in ("auc", "uauc")]
     titles = [f"stage {stage[-1]} {metric}" for stage in stages for metric in ("AUC", "UAUC")]
     lines = [f"| order | seed | {' | '.join(titles)} |", "|---" * (2 + len(titles)) + "|"]
     for row in rows:
         lines.append(f"| {row['order']} | {row['seed']} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |")
-    values = {order: np.array([[r[n] for n in names] for r in rows if r["order"] == order]) for order in ORDERS}
-    for order in ORDERS:
+    orders = list(dict.fromkeys(row["order"] for row in rows))
+    values = {order: np.array([[r[n] for n in names] for r in rows if r["order"] == order]) for order in orders}
+    for order in orders:
         mean, spread = values[order].mean(0), values[order].std(0, ddof=1)
         shown = " | ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))
         lines.append(f"| **{order}** | mean ± sd | {shown} |")
-    difference = values["group"] - values["random"]
-    error = difference.std(0, ddof=1) / np.sqrt(len(difference))
-    shown = " | ".join(f"{d:+.3f} ± {e:.3f}" for d, e in zip(difference.mean(0), error, strict=True))
-    lines.append(f"| group - random | mean ± standard error | {shown} |")
+    for order in orders[:-1]:
+        difference = values[order] - values[orders[-1]]
+        error = difference.std(0, ddof=1) / np.sqrt(len(difference))
+        shown = " | ".join(f"{d:+.3f} ± {e:.3f}" for d, e in zip(difference.mean(0), error, strict=True))
+        lines.append(f"| {order} - {orders[-1]} | mean ± standard error | {shown} |")
     return "\n".join(lines)
 
 
@@ -86,6 +89,12 @@ def main() -> None:
     parser.add_argument("--llm", default="smollm2")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--orders",
+        nargs="+",
+        default=["group", "random"],
+        help="the last one is what the others are compared with; group:4 is the order group with --group-rows 4",
+    )
     parser.add_argument("--prompts", type=int, default=1000, help="training prompts of each stage")
     parser.add_argument("--stage", choices=tuple(STAGES), default="both")
     parser.add_argument("--name", default="order-effect", help="of the two files in the results folder")
@@ -100,7 +109,7 @@ def main() -> None:
             CFConfig(model="mf", dim=64, lr=1e-2, bias=True, held_out=HELD_OUT, seed=2023),
             out=arguments.out / "cf",
         )
-    rows = [run_one(arguments, order, seed) for seed in arguments.seeds for order in ORDERS]
+    rows = [run_one(arguments, order, seed) for seed in arguments.seeds for order in arguments.orders]
     found = {
         "date": datetime.date.today().isoformat(),
         **machine.description(torch.device("cpu")),
@@ -110,7 +119,7 @@ def main() -> None:
         "rows": rows,
     }
     (arguments.results / f"{arguments.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    heading = f"# Training in the order `group` against `random`: test metrics, {arguments.prompts} prompts a stage"
+    heading = f"# The order of training and test metrics: {arguments.prompts} prompts a stage"
     shown = table(rows, STAGES[arguments.stage])
     (arguments.results / f"{arguments.name}.md").write_text(f"{heading}\n\n{shown}\n")
 

@@ -212,6 +212,8 @@ class TrainConfig:
     loss: Loss = "yes"
     # group: rows of one (user, history) stay together and share their prefix; random: the official order.
     order: Literal["group", "random"] = "group"
+    # In the order group, at most so many rows of one (user, history) together: fewer mix more users into a batch.
+    group_rows: int | None = None
     # all: the paper's way. held-out: stage 2 trains on the rows the collaborative model never saw (cf.held_out > 0).
     cie_rows: Literal["all", "held-out"] = "all"
     # Until so many rows are reached: whole (user, history) groups of train, whole users of valid and test, seeded.
@@ -246,7 +248,7 @@ class TrainConfig:
     stage2: StageConfig = field(default_factory=StageConfig)
 
     def __post_init__(self) -> None:
-        for name in ("limit_train", "limit_valid", "limit_eval", "valid_rows", "max_steps"):
+        for name in ("group_rows", "limit_train", "limit_valid", "limit_eval", "valid_rows", "max_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         _require_seed(self.seed)

@@ -33,6 +33,7 @@ HELP = {
     "input": "file or folder of the source",
     "inputs": "what further mappers read beside the embedding",
     "items": "a CSV or Parquet file of item titles (source table)",
+    "group_rows": "in the order group, at most so many rows of one (user, history) together",
     "json": "print JSON",
     "kind": "what to take from it",
     "limit_eval": "test rows: whole users until this many are reached",

@@ -35,11 +35,12 @@ def test_a_run_trains_in_the_order_and_is_found_again(
     fitted = CFConfig(model="mf", dim=4, max_epochs=2, bias=True, held_out=bench.HELD_OUT)
     fit_cf(load_dataset(places["data"]), fitted, out=tmp_path / "cf")
     arguments = Namespace(**places, prompts=16, stage="cie")
-    row = bench.run_one(arguments, "random", 1)
-    assert row["order"] == "random" and row["seed"] == 1 and "stage1_auc" not in row
+    row = bench.run_one(arguments, "group:2", 1)
+    assert row["order"] == "group:2" and row["seed"] == 1 and "stage1_auc" not in row
     assert 0 <= row["stage2_auc"] <= 1 and 0 <= row["stage2_uauc"] <= 1
-    assert yaml.safe_load((tmp_path / "random-1" / "config.yaml").read_text())["order"] == "random"
-    assert bench.run_one(arguments, "random", 1) == row
+    config = yaml.safe_load((tmp_path / "group2-1" / "config.yaml").read_text())
+    assert config["order"] == "group" and config["group_rows"] == 2
+    assert bench.run_one(arguments, "group:2", 1) == row
 
 
 def test_the_table_compares_within_a_seed(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

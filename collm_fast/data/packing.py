@@ -207,21 +207,26 @@ def batches(
     order: Order,
     batch_size: int | None = None,
     max_tokens: int | None = None,
+    group_rows: int | None = None,
     generator: np.random.Generator | None = None,
     rows: Array | None = None,
 ) -> list[I64]:
     """The rows of each batch of one pass; every row of `rows` (default: all) comes exactly once.
 
     group: rows of one (user, history) stay together, whole where they fit; the groups are shuffled by `generator`, or
-    keep the order of their first rows without one. random: a permutation, as the paper trains. flat: as they are.
-    A batch has at most `batch_size` rows and at most `max_tokens` packed tokens (with shared prefixes in order
+    keep the order of their first rows without one. `group_rows` cuts them first into pieces of so many rows, which are
+    shuffled as if they were groups: more users in a batch, and the prefix once more for each piece.
+    random: a permutation, as the paper trains. flat: as they are. A batch has at most `batch_size` rows and at most `max_tokens` packed tokens (with shared prefixes in order
     "group"); a single row longer than `max_tokens` is a batch of its own. Equal generators give equal batches.
 
-    Raises: ValueError without any limit, for order "random" without a generator, or for rows out of range.
+    Raises: ValueError without any limit, for group_rows below 1, for order "random" without a generator, or for rows
+        out of range.
     """
     limits = [limit for limit in (batch_size, max_tokens) if limit is not None]
     if not limits or min(limits) < 1:
         raise ValueError(f"batches: expected batch_size or max_tokens of at least 1, got {batch_size} and {max_tokens}")
+    if group_rows is not None and group_rows < 1:
+        raise ValueError(f"batches: expected group_rows of at least 1, got {group_rows}")
     wanted = np.arange(len(prompts), dtype=np.int64) if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
     if ((wanted < 0) | (wanted >= len(prompts))).any():
         bad = wanted[(wanted < 0) | (wanted >= len(prompts))][0]
@@ -229,7 +234,8 @@ def batches(
     lengths = np.diff(prompts.offsets)[wanted]
     size, room = batch_size or len(wanted) + 1, max_tokens or int(lengths.sum()) + 1
     if order == "group":
-        return _group_batches(prompts, wanted, size, room, generator)
+        pieces = _pieces(prompts, wanted, min(size, group_rows or size), room)
+        return _group_batches(pieces, size, room, generator)
     if order == "random":
         if generator is None:
             raise ValueError("batches: expected a generator for order 'random', got None")
@@ -247,9 +253,8 @@ def batches(
 
 
 def _group_batches(
-    prompts: Prompts, wanted: I64, size: int, room: int, generator: np.random.Generator | None
+    pieces: list[tuple[I64, int]], size: int, room: int, generator: np.random.Generator | None
 ) -> list[I64]:
-    pieces = _pieces(prompts, wanted, size, room)
     if generator is not None:
         pieces = [pieces[place] for place in generator.permutation(len(pieces))]
     out: list[I64] = []
@@ -277,7 +282,7 @@ def _group_batches(
 
 
 def _pieces(prompts: Prompts, wanted: I64, size: int, room: int) -> list[tuple[I64, int]]:
-    """Groups in the order of their first rows, cut where one is more than a batch: (rows, packed tokens)."""
+    """Groups in the order of their first rows, cut to at most `size` rows and `room` tokens: (rows, packed tokens)."""
     if len(wanted) == 0:
         return []
     _, first, inverse = np.unique(prompts.group[wanted], return_index=True, return_inverse=True)

@@ -45,6 +45,7 @@ class LoopOptions:
     seed: int
     device: torch.device
     order: Literal["group", "random"] = "group"
+    group_rows: int | None = None
     pairs: bool = False
     share_prefix: bool = True  # in training; evaluation always shares
     tokens_per_batch: int = 8192  # of one forward, in training and evaluation
@@ -244,7 +245,8 @@ def _not_finite(stage: str, what: str, value: float, step: int, rows: np.ndarray
 
 def _epoch(train: Prompts, config: StageConfig, options: LoopOptions, epoch: int) -> list[np.ndarray]:
     generator = np.random.default_rng(derived_seed(options.seed, options.name, "order", epoch))
-    return batches(train, order=options.order, batch_size=config.batch_size, generator=generator)
+    size, cut = config.batch_size, options.group_rows
+    return batches(train, order=options.order, batch_size=size, group_rows=cut, generator=generator)
 
 
 def _event(options: LoopOptions, tag: str, value: float, step: int) -> None:

@@ -234,6 +234,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         seed=config.seed,
         device=base.device,
         order=config.order,
+        group_rows=config.group_rows,
         pairs="+pair" in row,
         share_prefix=config.lora.dropout_per == "position" or not may_draw(base.llm),
         tokens_per_batch=config.tokens_per_batch,

@@ -236,6 +236,24 @@ def test_groups_larger_than_a_batch_are_cut():
     assert [len(batch) for batch in batches(prompts, order="group", max_tokens=4)] == [3, 3, 1]
 
 
+def test_group_rows_mixes_groups_and_keeps_the_pieces_whole():
+    prompts = prompts_of([[(TEXT, 1, 0), (TEXT, 2, 0)]] * 12, np.repeat(np.arange(3), 4).tolist())
+    cut = batches(prompts, order="group", batch_size=6, group_rows=2)
+    assert [batch.tolist() for batch in cut] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    for seed in range(5):
+        generator = np.random.default_rng(seed)
+        pieces = np.concatenate(batches(prompts, order="group", batch_size=6, group_rows=2, generator=generator))
+        assert sorted(pieces) == list(range(12))
+        assert (pieces.reshape(-1, 2) == pieces[::2, None] + [0, 1]).all() and (pieces[::2] % 2 == 0).all()
+    # As small as a batch it changes nothing, and larger neither.
+    whole = [batch.tolist() for batch in batches(prompts, order="group", batch_size=3)]
+    for rows in (3, 100):
+        assert [b.tolist() for b in batches(prompts, order="group", batch_size=3, group_rows=rows)] == whole
+    # 1 shared token and 1 for each row, in each piece.
+    room = batches(prompts, order="group", max_tokens=6, group_rows=2)
+    assert [batch.tolist() for batch in room] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
 def test_grouping_shares_more_than_chance():
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(100), 3)[rng.permutation(300)].tolist()
@@ -263,6 +281,7 @@ def test_bad_requests():
         "batch_size or max_tokens of at least 1, got 0 and None": {"order": "flat", "batch_size": 0},
         "batch_size or max_tokens of at least 1, got None and -3": {"order": "flat", "max_tokens": -3},
         "a generator for order 'random', got None": {"order": "random", "batch_size": 1},
+        "group_rows of at least 1, got 0": {"order": "group", "batch_size": 1, "group_rows": 0},
         "order group, random or flat, got 'best'": {"order": "best", "batch_size": 1},
         r"rows in \[0, 2\), got 2": {"order": "flat", "batch_size": 1, "rows": np.array([0, 2])},
     }
