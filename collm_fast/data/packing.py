@@ -216,7 +216,8 @@ def batches(
     group: rows of one (user, history) stay together, whole where they fit; the groups are shuffled by `generator`, or
     keep the order of their first rows without one. `group_rows` cuts them first into pieces of so many rows, which are
     shuffled as if they were groups: more users in a batch, and the prefix once more for each piece.
-    random: a permutation, as the paper trains. flat: as they are. A batch has at most `batch_size` rows and at most `max_tokens` packed tokens (with shared prefixes in order
+    random: a permutation, as the paper trains. flat: as they are.
+    A batch has at most `batch_size` rows and at most `max_tokens` packed tokens (with shared prefixes in order
     "group"); a single row longer than `max_tokens` is a batch of its own. Equal generators give equal batches.
 
     Raises: ValueError without any limit, for group_rows below 1, for order "random" without a generator, or for rows
