@@ -37,8 +37,8 @@ struct Loops {
   void (*norm_backward)(const T*, const T*, const T*, A, const T*, T*, int64_t);
   void (*swiglu)(const T*, const T*, T*, int64_t);
   void (*swiglu_backward)(const T*, const T*, const T*, T*, T*, int64_t);
-  void (*rotate)(const T*, const T*, const T*, T*, int64_t);
-  void (*rotate_backward)(const T*, const T*, const T*, T*, int64_t);
+  void (*rotate)(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t);
+  void (*rotate_backward)(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t);
 };
 
 template <typename T, typename O, typename A>
@@ -238,10 +238,8 @@ Tensor rotate_heads(const Tensor& x, const Tensor& cos, const Tensor& sin) {
     T* to = out.mutable_data_ptr<T>();
     for_rows(tokens, heads * width, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
-        for (int64_t h = 0; h < heads; ++h) {
-          row(in + (t * heads + h) * width, cosine + t * width, sine + t * width, to + (h * tokens + t) * width,
-              width / 2);
-        }
+        row(in + t * heads * width, cosine + t * width, sine + t * width, to + t * width, width / 2, heads,
+            tokens * width);
       }
     });
   });
@@ -263,10 +261,8 @@ Tensor rotate_heads_backward(const Tensor& grad, const Tensor& cos, const Tensor
     T* to = dx.mutable_data_ptr<T>();
     for_rows(tokens, heads * width, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
-        for (int64_t h = 0; h < heads; ++h) {
-          row(g + (h * tokens + t) * width, cosine + t * width, sine + t * width, to + (t * heads + h) * width,
-              width / 2);
-        }
+        row(g + t * width, cosine + t * width, sine + t * width, to + t * heads * width, width / 2, heads,
+            tokens * width);
       }
     });
   });
@@ -310,7 +306,8 @@ Tensor masked_softmax(const Tensor& scores, std::optional<Tensor> mask, double s
     const float* limit = mask ? limits.const_data_ptr<float>() : nullptr;
     O* to = out.mutable_data_ptr<O>();
     for_rows(rows, keys, [&](int64_t first, int64_t last) {
-      std::vector<A> buffer(static_cast<size_t>(keys));
+      // Whole lanes: the row is filled up with what has no weight.
+      std::vector<A> buffer(static_cast<size_t>((keys + kLanes - 1) / kLanes * kLanes));
       for (int64_t r = first; r < last; ++r) {
         row(in + r * keys, limit == nullptr ? nullptr : limit + r % queries * keys, static_cast<A>(scale),
             to + r * keys, buffer.data(), keys);

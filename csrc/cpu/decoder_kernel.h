@@ -78,6 +78,24 @@ inline A sum_over(int64_t n, const F& term) {
   return sum_of(lanes);
 }
 
+// f(i) for all i < n, for some of them twice: the last whole lanes reach back, so that no loop is left over for the
+// rest. What f writes it must not read.
+template <typename F>
+inline void over_lanes(int64_t n, const F& f) {
+  if (n < kLanes) {
+    for (int64_t i = 0; i < n; ++i) {
+      f(i);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t first = i + kLanes <= n ? i : n - kLanes;
+    for (int l = 0; l < kLanes; ++l) {
+      f(first + l);
+    }
+  }
+}
+
 // --- y = w x r, r = (mean x^2 + eps)^-1/2 ------------------------------------------------------------------------
 template <typename T, typename A>
 A norm_row(const T* x, const T* weight, T* y, int64_t width, A eps) {
@@ -128,75 +146,92 @@ void swiglu_span_backward(const T* grad, const T* gate, const T* up, T* d_gate, 
   }
 }
 
-// --- rotary positions of one head of one token ---------------------------------------------------------------------
+// --- rotary positions of the heads of one token --------------------------------------------------------------------
+// One head in halves. No operand overlaps another, which a loop over so few elements must not have to find out.
 template <typename T, typename A>
-void rotate_row(const T* x, const T* cos, const T* sin, T* out, int64_t half) {
+inline void rotate_halves(const T* __restrict x, const T* __restrict y, const T* __restrict cos,
+                          const T* __restrict sin, T* __restrict low, T* __restrict high, int64_t half) {
   for (int64_t i = 0; i < half; ++i) {
-    const A first = widen(x[i]), second = widen(x[i + half]);
-    narrow(first * widen(cos[i]) - second * widen(sin[i]), out[i]);
-    narrow(second * widen(cos[i + half]) + first * widen(sin[i + half]), out[i + half]);
+    const A first = widen(x[i]), second = widen(y[i]);
+    narrow(first * widen(cos[i]) - second * widen(sin[i]), low[i]);
+    narrow(second * widen(cos[i + half]) + first * widen(sin[i + half]), high[i]);
   }
 }
 
 template <typename T, typename A>
-void rotate_row_backward(const T* grad, const T* cos, const T* sin, T* dx, int64_t half) {
+inline void rotate_halves_backward(const T* __restrict x, const T* __restrict y, const T* __restrict cos,
+                                   const T* __restrict sin, T* __restrict low, T* __restrict high, int64_t half) {
   for (int64_t i = 0; i < half; ++i) {
-    const A first = widen(grad[i]), second = widen(grad[i + half]);
-    narrow(first * widen(cos[i]) + second * widen(sin[i + half]), dx[i]);
-    narrow(second * widen(cos[i + half]) - first * widen(sin[i]), dx[i + half]);
+    const A first = widen(x[i]), second = widen(y[i]);
+    narrow(first * widen(cos[i]) + second * widen(sin[i + half]), low[i]);
+    narrow(second * widen(cos[i + half]) - first * widen(sin[i]), high[i]);
   }
 }
 
-// --- softmax(scale s + mask) of one row; `buffer` holds a row ------------------------------------------------------
+// From heads that follow one another to heads `step` apart; backward the other way.
+template <typename T, typename A>
+void rotate_token(const T* x, const T* cos, const T* sin, T* out, int64_t half, int64_t heads, int64_t step) {
+  for (int64_t h = 0; h < heads; ++h, x += 2 * half, out += step) {
+    rotate_halves<T, A>(x, x + half, cos, sin, out, out + half, half);
+  }
+}
+
+template <typename T, typename A>
+void rotate_token_backward(const T* grad, const T* cos, const T* sin, T* dx, int64_t half, int64_t heads,
+                           int64_t step) {
+  for (int64_t h = 0; h < heads; ++h, grad += step, dx += 2 * half) {
+    rotate_halves_backward<T, A>(grad, grad + half, cos, sin, dx, dx + half, half);
+  }
+}
+
+// --- softmax(scale s + mask) of one row; `buffer` holds a row, filled up to whole lanes -----------------------------
 template <typename T, typename O, typename A>
-void softmax_row(const T* scores, const float* mask, A scale, O* out, A* buffer, int64_t n) {
+void softmax_row(const T* __restrict scores, const float* __restrict mask, A scale, O* __restrict out,
+                 A* __restrict buffer, int64_t n) {
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
+  const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;
+  if (mask == nullptr) {
+    over_lanes(n, [&](int64_t i) { buffer[i] = widen(scores[i]) * scale; });
+  } else {
+    over_lanes(n, [&](int64_t i) { buffer[i] = widen(scores[i]) * scale + static_cast<A>(mask[i]); });
+  }
+  for (int64_t i = n; i < whole; ++i) {
+    buffer[i] = kNone;
+  }
   A lanes[kLanes];
   for (int l = 0; l < kLanes; ++l) {
-    lanes[l] = -std::numeric_limits<A>::infinity();
+    lanes[l] = kNone;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    buffer[i] = widen(scores[i]) * scale;
-  }
-  if (mask != nullptr) {
-    for (int64_t i = 0; i < n; ++i) {
-      buffer[i] += static_cast<A>(mask[i]);
-    }
-  }
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (int64_t i = 0; i < whole; i += kLanes) {
     for (int l = 0; l < kLanes; ++l) {
       lanes[l] = buffer[i + l] > lanes[l] ? buffer[i + l] : lanes[l];
     }
   }
-  A top = -std::numeric_limits<A>::infinity();
-  for (; i < n; ++i) {
-    top = buffer[i] > top ? buffer[i] : top;
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) {
+      lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
+    }
   }
-  for (int l = 0; l < kLanes; ++l) {
-    top = lanes[l] > top ? lanes[l] : top;
-  }
-  for (int64_t j = 0; j < n; ++j) {
+  const A top = lanes[0];
+  for (int64_t j = 0; j < whole; ++j) {
     buffer[j] = exponential(buffer[j] - top);
   }
-  const A factor = A(1) / sum_over<A>(n, [&](int64_t j) { return buffer[j]; });
-  for (int64_t j = 0; j < n; ++j) {
-    narrow(buffer[j] * factor, out[j]);
-  }
+  const A factor = A(1) / sum_over<A>(whole, [&](int64_t j) { return buffer[j]; });
+  over_lanes(n, [&](int64_t j) { narrow(buffer[j] * factor, out[j]); });
 }
 
 // ds = scale p (dp - sum p dp)
 template <typename G, typename T, typename O, typename A>
-void softmax_row_backward(const G* grad, const T* weights, A scale, O* d_scores, int64_t n) {
+void softmax_row_backward(const G* __restrict grad, const T* __restrict weights, A scale, O* __restrict d_scores,
+                          int64_t n) {
   const A inner = sum_over<A>(n, [&](int64_t i) { return widen(grad[i]) * widen(weights[i]); });
-  for (int64_t i = 0; i < n; ++i) {
-    narrow(widen(weights[i]) * (widen(grad[i]) - inner) * scale, d_scores[i]);
-  }
+  over_lanes(n, [&](int64_t i) { narrow(widen(weights[i]) * (widen(grad[i]) - inner) * scale, d_scores[i]); });
 }
 
 template <typename T, typename A>
 Loops<T, A> loops() {
-  return {norm_row<T, A>,   norm_row_backward<T, A>,  swiglu_span<T, A>, swiglu_span_backward<T, A>,
-          rotate_row<T, A>, rotate_row_backward<T, A>};
+  return {norm_row<T, A>,     norm_row_backward<T, A>,    swiglu_span<T, A>, swiglu_span_backward<T, A>,
+          rotate_token<T, A>, rotate_token_backward<T, A>};
 }
 
 template <typename T, typename O, typename A>
