@@ -8,6 +8,7 @@ the package. The only module that reads the environment.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -129,6 +130,12 @@ def _load() -> None:
 def C() -> ModuleType | None:
     """The pybind11 module, or None where nothing was compiled or the reference was asked for: use the NumPy twin."""
     return _C
+
+
+@functools.cache
+def tiles() -> bool:
+    """Whether compiled CPU kernels may use AMX tiles: those that have no other form serve only then."""
+    return _C is not None and bool(_C.build_info()["tiles"])
 
 
 def _missing(name: str, device: str) -> Callable[..., NoReturn]:

@@ -177,3 +177,40 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, dtype: tor
     """softmax(scale scores + mask) along the last axis, in float32 (float64 in float64), given as `dtype`."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     return torch.softmax(wide if mask is None else wide + mask, dim=-1).to(dtype or scores.dtype)
+
+
+def path_visible(pieces: Tensor, counts: Tensor, window: int | None = None) -> Tensor:
+    """[asked, past + own] bool: which keys the queries of packed trees see; pieces [N, 3] of (past, own, asked)."""
+    past, own, asked = pieces.unbind(1)
+    piece = torch.arange(len(pieces))
+    prefix = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    start = torch.where(piece == prefix, 0, (past + own)[prefix])
+    end = start + past + own
+
+    def spread(first: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        within = torch.arange(int(size.sum())) - torch.repeat_interleave(size.cumsum(0) - size, size)
+        return torch.repeat_interleave(piece, size), torch.repeat_interleave(first, size) + within
+
+    (old, old_at), (new, new_at), (q, q_at) = spread(start, past), spread(end - own, own), spread(end - asked, asked)
+    k, k_at, q, q_at = torch.cat((old, new)), torch.cat((old_at, new_at)), q[:, None], q_at[:, None]
+    visible = ((k == q) | (k == prefix[q])) & (k_at <= q_at)
+    return visible if window is None else visible & (k_at > q_at - window)
+
+
+def path_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: Tensor,
+    counts: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention along the paths of packed trees, [h, Q, d] queries of [key heads, T, d] keys and values: [Q, h, d]."""
+    if past is not None:
+        key, value = (torch.cat(pair, dim=1) for pair in zip(past, (key, value), strict=True))
+    key, value = (x.repeat_interleave(query.shape[0] // x.shape[0], dim=0) for x in (key, value))
+    scores = (query @ key.transpose(1, 2) * scale).masked_fill(~path_visible(pieces, counts, window), -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ value).transpose(0, 1)

@@ -6,6 +6,8 @@
 
 #include <string>
 
+#include "cpu/isa.h"
+
 namespace py = pybind11;
 
 void bind_graph(py::module_& m);
@@ -35,6 +37,7 @@ py::dict build_info() {
   info["cuda"] = COLLM_FAST_CUDA_VERSION[0] ? py::object(py::str(COLLM_FAST_CUDA_VERSION)) : py::object(py::none());
   info["compiler"] = __VERSION__;
   info["simd"] = simd();
+  info["tiles"] = collm::has_tiles();
   return info;
 }
 
@@ -43,7 +46,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "collm_fast's host helpers; see the Python functions that call them.";
   m.def("build_info", &build_info,
-        "The version, torch, CUDA and compiler of this build, and this CPU's instruction set.");
+        "The version, torch, CUDA and compiler of this build, and this CPU's instruction set; whether bfloat16 "
+        "products may use AMX tiles.");
   bind_graph(m);
   bind_planner(m);
   bind_ranking(m);

@@ -42,6 +42,7 @@ SKIPS = {
     "recbole": "needs the package recbole",
     "bitsandbytes": "needs the package bitsandbytes",
     "native": "needs the compiled libraries",
+    "tiles": "needs a CPU with AMX tiles, and the compiled libraries",
     "triton": "needs triton",
     "peak": "needs Linux's mark of the resident memory",
 }
@@ -76,6 +77,12 @@ def available(need: str) -> bool:
         from collm_fast import _native
 
         return (_native.FOLDER / "libcollm_fast_cpu.so").is_file() and _native.C() is not None
+    if need == "tiles":
+        import torch
+
+        from collm_fast.ops.attention import serves
+
+        return serves(torch.empty(0, dtype=torch.bfloat16))
     return _installed(need)
 
 

@@ -250,4 +250,4 @@ def test_an_op_without_a_triton_form_is_served_by_plain_torch(probe: str, monkey
 @requires("native")
 def test_build_info() -> None:
     info = _native.C().build_info()  # type: ignore[union-attr]
-    assert set(info) == {"version", "torch", "cuda", "compiler", "simd"}
+    assert set(info) == {"version", "torch", "cuda", "compiler", "simd", "tiles"}

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from collm_fast.config import Loss
-from collm_fast.models.attention import TreePlan, register
+from collm_fast.models.attention import register
 from collm_fast.models.decoder import FAMILIES, Decoder, gradient_free, own_forward
 from collm_fast.models.lora import lora_layers
 from collm_fast.models.mapper import IdStatistics, Mapper
 from collm_fast.models.prefix_cache import PrefixCache, cached_past
+from collm_fast.models.tree_plan import TreePlan
 from collm_fast.ops.inject import embed_inject, gather_rows
 
 if TYPE_CHECKING:

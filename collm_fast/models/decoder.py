@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collm_fast.models.attention import TreePlan, tree_attention
+from collm_fast.models.attention import tree_attention
 from collm_fast.models.frozen import mlp_residual, norm
 from collm_fast.models.lora import LoraLinear
+from collm_fast.models.tree_plan import TreePlan
 from collm_fast.ops.decoder import rotate_heads
 
 _log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collm_fast.models.attention import TreePlan
 from collm_fast.models.decoder import Decoder, Past, Rotary
+from collm_fast.models.tree_plan import TreePlan
 
 # A kept prefix gives way only to one that is met more than this many times as often: an epoch that meets all prefixes
 # equally often then displaces none, where keeping the latest would never find one again.

@@ -5,6 +5,12 @@
 #include <cstdlib>
 #include <string_view>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace collm {
 
 enum class Isa { baseline, avx2, avx512 };
@@ -28,6 +34,29 @@ inline Isa isa() {
   return chosen;
 #else
   return Isa::baseline;
+#endif
+}
+
+// Whether bfloat16 products may use AMX tiles: the CPU has them and avx512_bf16, and the system grants their state.
+inline bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool granted = [] {
+    // COLLM_FAST_SIMD=avx512 caps the choice below the tiles, so that one machine can test both.
+    const char* cap = std::getenv("COLLM_FAST_SIMD");
+    const std::string_view name = cap == nullptr ? "" : cap;
+    unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned int kTile = 1u << 24, kTileBf16 = 1u << 22, kAvx512Bf16 = 1u << 5;
+    if (isa() != Isa::avx512 || name == "avx512" || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) ||
+        (edx & kTile) == 0 || (edx & kTileBf16) == 0 || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) ||
+        (eax & kAvx512Bf16) == 0) {
+      return false;
+    }
+    // Linux hands the 8 KB of tile state to a process that asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  }();
+  return granted;
+#else
+  return false;
 #endif
 }
 

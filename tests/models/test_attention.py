@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import requires
 from small_llm import dense_mask, random_layout
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from collm_fast.models import attention
-from collm_fast.models.attention import TreePlan, tree_attention
+from collm_fast.models.attention import tree_attention
+from collm_fast.models.tree_plan import TreePlan
 
 
 @pytest.mark.parametrize("per_branch", [True, False])
@@ -37,21 +40,34 @@ def test_equals_a_dense_mask_with_gradients(seed: int, window: int | None, per_b
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("whole_up_to", [0, 320])
 @pytest.mark.parametrize("per_branch", [True, False])
+@pytest.mark.parametrize("kernel", ["products", pytest.param("paths", marks=requires("tiles"))])
 def test_bfloat16_is_as_exact_as_torch(
-    per_branch: bool, whole_up_to: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+    kernel: str, per_branch: bool, whole_up_to: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_WHOLE", whole_up_to)
+    monkeypatch.setattr(attention, "kernel_of", lambda query: kernel)
     tree, branch, position = random_layout(np.random.default_rng(7), trees=3)
     generator = torch.Generator().manual_seed(7)
     low = [torch.randn(1, h, len(tree), 16, generator=generator).bfloat16() for h in (4, 2, 2)]
+    grad = torch.randn(1, 4, len(tree), 16, generator=generator).bfloat16()
     mask = dense_mask(tree, branch, position, window)
-    low_repeated = [low[0], *(x.repeat_interleave(2, dim=1) for x in low[1:])]
-    truth = scaled_dot_product_attention(*(x.double() for x in low_repeated), attn_mask=mask)
-    theirs = (scaled_dot_product_attention(*low_repeated, attn_mask=mask) - truth).norm()
     plan = TreePlan(tree.numpy(), branch.numpy(), per_branch=per_branch)
-    out = tree_attention(*low, plan, scaling=None, window=window)
-    assert out.dtype == torch.bfloat16 and out.shape == truth.shape
-    assert (out - truth).norm() <= 2 * theirs
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tree_attention(q, k, v, plan, scaling=None, window=window)
+
+    found = []
+    for function, dtype in ((dense, torch.float64), (dense, torch.bfloat16), (ours, torch.bfloat16)):
+        leaves = [x.to(dtype).requires_grad_() for x in low]
+        out = function(*leaves)
+        assert out.dtype == dtype
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    for truth, theirs, got in zip(*found, strict=True):
+        assert got.shape == truth.shape and (got - truth).norm() <= 2 * (theirs - truth).norm()
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import requires
 from hybrids import all_alone, hybrid, make_mapper, statistics
 from small_llm import random_prompts, small_model
 
 from collm_fast.data.prompts import Prompts
 from collm_fast.evaluate import score_prompts
+from collm_fast.models import attention, branch_scorer
 from collm_fast.models.branch_scorer import BranchDecoder, _products, _with_lse, branch_decoder, branch_logits
 from collm_fast.models.collm import CoLLM
 
@@ -136,9 +138,12 @@ def test_prefixes_of_many_users_are_bounded_too() -> None:
     assert sum(counted.prefixes) == sum(once.prefixes)
 
 
-def test_bfloat16_is_as_close_as_the_packed_forward() -> None:
+@pytest.mark.parametrize("kernel", ["products", pytest.param("paths", marks=requires("tiles"))])
+def test_bfloat16_is_as_close_as_the_packed_forward(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, _ = one_user(60)
     exact = score_prompts(hybrid(small_model("qwen3"), make_mapper()), prompts, tokens_per_batch=10**6)
+    for module in (attention, branch_scorer):
+        monkeypatch.setattr(module, "kernel_of", lambda query: kernel)
     model = hybrid(small_model("qwen3").to(torch.bfloat16), make_mapper())
     packed = distance(score_prompts(model, prompts, tokens_per_batch=10**6), exact)
     decoder = BranchDecoder(model.llm)

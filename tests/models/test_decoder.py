@@ -18,11 +18,11 @@ from torch import Tensor
 from collm_fast.config import LoraConfig
 from collm_fast.data.packing import pack
 from collm_fast.data.prompts import HISTORY, TARGET, TEXT, USER, Prompts
-from collm_fast.models.attention import TreePlan
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.decoder import Decoder, gradient_free
 from collm_fast.models.frozen import norm
 from collm_fast.models.lora import add_lora, lora_layers, set_dropout, set_step_seed
+from collm_fast.models.tree_plan import TreePlan
 
 WINDOWED = {
     "mistral": {"sliding_window": 4},

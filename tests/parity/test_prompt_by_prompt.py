@@ -23,6 +23,7 @@ from torch import Tensor
 from collm_fast.config import LoraConfig, MapperConfig
 from collm_fast.data.packing import PackedBatch, batches, pack
 from collm_fast.data.prompts import HISTORY, TARGET, TEXT, USER, Prompts
+from collm_fast.models import attention
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.lora import add_lora, lora_layers
 from collm_fast.models.mapper import Mapper
@@ -170,8 +171,12 @@ def test_two_optimizers_that_never_meet_stay_together(stage: str) -> None:
     [Case("llama", "cie", "group", loss="yes-no"), Case("qwen2", "cie", "random"), Case("qwen3", "lora", "group")],
     ids=lambda case: f"{case.family}-{case.stage}",
 )
-def test_bfloat16_errs_at_most_twice_as_much_and_no_more_to_one_side(case: Case) -> None:
+@pytest.mark.parametrize("kernel", ["products", pytest.param("paths", marks=requires("tiles"))])
+def test_bfloat16_errs_at_most_twice_as_much_and_no_more_to_one_side(
+    case: Case, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over ten batches: the errors of each row's loss and of the gradient, and what of these all batches share."""
+    monkeypatch.setattr(attention, "kernel_of", lambda query: kernel)
     ours = Ours(case, rough_model(case, torch.bfloat16), make_mapper(case.inputs))
     exact, rounded = (ours.naive(dtype) for dtype in (torch.float64, torch.bfloat16))
     errors: dict[str, list[Tensor]] = {name: [] for name in ("naive", *ours.ways)}
