@@ -2,7 +2,7 @@
 
 One token axis holds several trees; a tree is a shared prefix followed by branches, and each branch sees the prefix
 and itself. On a CPU nothing of size [T, T] over the whole pack exists. Where the trees lie is models/tree_plan.py, the
-kernel of our own ops/attention.py. Floor F2.
+kernel of our own ops/attention.py, FlexAttention models/flex.py. Floor F2.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from collm_fast.models import flex
 from collm_fast.models.tree_plan import Call, Kernel, TreePlan
 from collm_fast.ops.attention import path_attention, serves
 from collm_fast.ops.decoder import masked_softmax
@@ -28,11 +29,12 @@ def kernel_of(query: Tensor) -> Kernel:
     paths     bfloat16 on a CPU with AMX tiles: our own kernel, one call for all trees
     products  bfloat16 on another CPU: batched products with float32 scores, one call a branch (forward and
               backward of torch's fused kernel take 2 to 4 times as long there at these sizes)
+    flex      half precision on CUDA, where triton is importable: FlexAttention, one call for all trees
     fused     everything else: torch's fused attention, one call a branch on a CPU and one a tree on a GPU
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         return "paths" if serves(query) else "products"
-    return "fused"
+    return "flex" if flex.serves(query) else "fused"
 
 
 def tree_attention(
@@ -57,6 +59,9 @@ def tree_attention(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plan.kernel = kernel = kernel_of(query)
+    if kernel == "flex":
+        mask = plan.block_mask(window, query.device)
+        return flex.flex_tree_attention(query, key, value, mask, scale=scale, past=past)
     if kernel == "paths":
         before = None if past is None else (past[0][0], past[1][0])
         out = path_attention(query[0], key[0], value[0], *plan.tables(), scale=scale, window=window, past=before)

@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collm_fast.models import flex
+
 # What computes an attention call: `attention.kernel_of` has the rule.
-Kernel = Literal["paths", "products", "fused"]
+Kernel = Literal["paths", "products", "flex", "fused"]
 
 
 class Piece(NamedTuple):
@@ -74,12 +76,13 @@ class TreePlan:
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._calls: dict[int, tuple[list[int], list[int], list[int], list[Call]]] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._block_masks: dict[tuple[int | None, torch.device], Any] = {}
         self.kernel: Kernel | None = None
 
     def _with(self, trees: list[list[Piece]]) -> TreePlan:
         """Other pieces, the same masks."""
         other = copy.copy(self)
-        other.trees, other._calls, other._tables, other.kernel = trees, {}, None, None
+        other.trees, other._calls, other._tables, other._block_masks, other.kernel = trees, {}, None, {}, None
         return other
 
     def answers(self) -> TreePlan:
@@ -121,6 +124,12 @@ class TreePlan:
             pieces = torch.tensor([piece for tree in self.trees for piece in tree])
             self._tables = pieces, torch.tensor([len(tree) for tree in self.trees])
         return self._tables
+
+    def block_mask(self, window: int | None, device: torch.device) -> Any:
+        """FlexAttention's mask, the same for every layer with this window."""
+        if (window, device) not in self._block_masks:
+            self._block_masks[window, device] = flex.block_mask(flex.axes(self.trees), window, device)
+        return self._block_masks[window, device]
 
     def calls(self, whole_up_to: int) -> tuple[list[int], list[int], list[int], list[Call]]:
         """(split of the queries, of the past keys, of the own keys, the calls), the same for every layer."""
