@@ -18,6 +18,7 @@ CFName = Literal["mf", "lightgcn", "sasrec", "din"]
 MapperInput = Literal["embedding", "+stats", "+pair", "+stats+pair"]
 Loss = Literal["yes", "yes-no"]
 Stage = Literal["lora", "cie", "both"]
+CacheOn = Literal["device", "host"]
 
 
 def _require(ok: bool, name: str, rule: str, value: object) -> None:
@@ -238,6 +239,7 @@ class TrainConfig:
     # Stage 2: keys and values of the text before the user's row, kept across steps and evaluations. Pays where most of
     # these prefixes fit (the fixed validation rows, small training sets); each is then run by itself the first time.
     kv_cache_gb: float = 0.0
+    kv_cache_on: CacheOn = "device"  # host: in pinned memory beside a GPU
     trust_remote_code: bool = False
     ablations: tuple[MapperInput, ...] = ()  # further stage 2 runs, each a row `stage2+...` of the table
     collaborative: CFConfig = field(default_factory=CFConfig)

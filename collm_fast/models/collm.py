@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from collm_fast.config import Loss
+from collm_fast.config import CacheOn, Loss
 from collm_fast.models.attention import register
 from collm_fast.models.decoder import FAMILIES, Decoder, gradient_free, own_forward
 from collm_fast.models.lora import lora_layers
@@ -49,6 +49,7 @@ class CoLLM(nn.Module):
         decoder: False: the model's own packed forward, without the check that `Decoder.of` makes.
         kv_cache_gb: keeps keys and values of prefixes of fixed text (before the first injected row) in so many GiB,
             while nothing in the language model trains; 0: none. A prefix is then run by itself where it is not found.
+        kv_cache_on: where they are kept, `PrefixCache`.
     The language model stays in eval mode whatever `train()` says; only mapper and LoRA layers follow it.
     Families outside `FAMILIES` run row by row, padded, through their own forward: same logits, no speed-up.
     Raises: ValueError for ids outside the vocabulary or parts that do not fit together.
@@ -69,6 +70,7 @@ class CoLLM(nn.Module):
         mapper: Mapper | None = None,
         stats: IdStatistics | None = None,
         kv_cache_gb: float = 0.0,
+        kv_cache_on: CacheOn = "device",
         decoder: bool = True,
     ) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class CoLLM(nn.Module):
             raise ValueError(f"collm: expected loss yes or yes-no, got {loss!r}")
         if not 0 <= kv_cache_gb < float("inf"):
             raise ValueError(f"collm: expected kv_cache_gb of at least 0, got {kv_cache_gb}")
-        self.prefixes = PrefixCache(int(kv_cache_gb * 2**30)) if kv_cache_gb else None
+        self.prefixes = PrefixCache(int(kv_cache_gb * 2**30), kv_cache_on) if kv_cache_gb else None
         self.llm, self.mapper, self.loss = llm, mapper, loss
         self.yes_id, self.no_id = yes_id, no_id
         self._set_tables(cf, mapper, stats)

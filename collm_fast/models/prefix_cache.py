@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collm_fast.config import CacheOn
 from collm_fast.models.decoder import Decoder, Past, Rotary
 from collm_fast.models.tree_plan import TreePlan
 
@@ -26,15 +27,20 @@ _OFTENER = 2
 class PrefixCache:
     """A pinned set of prefixes: the first that fit, later those met most often, which save most tokens for their bytes.
 
-    Args: max_bytes: of all kept keys and values together, in the dtype and on the device they are computed in.
+    Args:
+        max_bytes: of all kept keys and values together, in the dtype they are computed in.
+        on: device: where they are computed. host: in pinned host memory, copied both ways without waiting; for a model
+            on a CPU the two are one memory. The copies have not run on a GPU yet.
     An entry is keyed by the prefix's token ids; all are dropped once a parameter of the language model has changed.
-    Raises: ValueError for a negative budget.
+    Raises: ValueError for a negative budget, or another place.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, on: CacheOn = "device") -> None:
         if max_bytes < 0:
             raise ValueError(f"prefix_cache: expected a budget of at least 0 bytes, got {max_bytes}")
-        self.max_bytes, self.bytes = max_bytes, 0
+        if on not in get_args(CacheOn):
+            raise ValueError(f"prefix_cache: expected on to be device or host, got {on!r}")
+        self.max_bytes, self.bytes, self.on = max_bytes, 0, on
         self.tokens_met = self.tokens_saved = 0
         self._kept: dict[bytes, Tensor] = {}
         self._met: dict[bytes, int] = {}
@@ -59,7 +65,7 @@ class PrefixCache:
         self.bytes = 0
 
     def get(self, token_ids: NDArray[np.int64]) -> Tensor | None:
-        """The keys and values of a prefix, if they are kept; counts the meeting."""
+        """The keys and values of a prefix, if they are kept, where they are kept; counts the meeting."""
         key = _key(token_ids)
         self._met[key] = self._met.get(key, 0) + 1
         found = self._kept.get(key)
@@ -86,13 +92,19 @@ class PrefixCache:
             return
         for candidate in displaced:
             self.bytes -= _bytes(self._kept.pop(candidate))
-        self._kept[key] = values
+        self._kept[key] = values if self.on == "device" or values.device.type == "cpu" else _pinned(values)
         self.bytes += size
         heapq.heappush(self._seldom, (self._met[key], key))
 
 
 def _key(token_ids: NDArray[np.int64]) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(token_ids, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+
+def _pinned(values: Tensor) -> Tensor:
+    """A copy in pinned host memory. It is read on the stream that writes it, so nothing has to wait."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
 
 
 def _bytes(values: Tensor) -> int:
@@ -128,6 +140,6 @@ def cached_past(
             values = torch.stack([torch.cat(layer) for layer in layers])
             if plain:
                 cache.put(token_ids[part], values)
-        parts.append(values)
+        parts.append(values.to(embeds.device, non_blocking=True))
     whole = torch.cat(parts, dim=3)  # [layers, 2, h, T, d]
     return [(layer[:1], layer[1:]) for layer in whole]

@@ -104,6 +104,7 @@ class Base:
             mapper=mapper,
             stats=stats,
             kv_cache_gb=kept,
+            kv_cache_on=config.kv_cache_on,
         )
         return model.to(self.device)
 

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import requires
 from hybrids import all_alone, hybrid, make_mapper
 from small_llm import random_prompts, small_model
 from torch import Tensor
 
 from collm_fast.config import LoraConfig
 from collm_fast.data.packing import pack
+from collm_fast.models import prefix_cache
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.lora import add_lora, lora_layers
 from collm_fast.models.prefix_cache import PrefixCache
@@ -44,6 +46,39 @@ def test_a_cyclic_epoch_finds_what_fits() -> None:
     assert hits == [True] * 5 + [False] * 5
     assert len(cache) == 5 and cache.bytes == cache.max_bytes
     assert (cache.tokens_met, cache.tokens_saved) == (60, 25)
+
+
+def test_on_the_host_a_device_keeps_pinned_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: `meta` stands for the device, and a plain copy for the pinned one."""
+    monkeypatch.setattr(prefix_cache, "_pinned", lambda x: torch.zeros(x.shape, dtype=x.dtype))
+    for on, kept in (("host", "cpu"), ("device", "meta")):
+        cache = PrefixCache(100, on)  # type: ignore[arg-type]
+        for number, device in ((0, "meta"), (1, "cpu")):
+            assert cache.get(ids(number)) is None
+            given = torch.ones(2, device=device)
+            cache.put(ids(number), given)
+            found = cache.get(ids(number))
+            assert found is not None and found.device.type == (kept if device == "meta" else "cpu")
+            assert found is given or (on, device) == ("host", "meta")
+        assert cache.bytes == 16
+    with pytest.raises(ValueError, match="prefix_cache: expected on to be device or host, got 'disk'"):
+        PrefixCache(8, "disk")  # type: ignore[arg-type]
+
+
+@requires("cuda")
+def test_pinned_copies_come_back_the_same() -> None:
+    cache, given = PrefixCache(1 << 20, "host"), torch.arange(1000.0).cuda()
+    assert cache.get(ids(3)) is None
+    cache.put(ids(3), given)
+    found = cache.get(ids(3))
+    assert found is not None and found.is_pinned()
+    assert torch.equal(found.to("cuda", non_blocking=True), given)
+
+
+def test_the_place_of_the_cache_is_an_option_of_the_model() -> None:
+    for on in ("device", "host"):
+        model = CoLLM(small_model("llama"), yes_id=3, no_id=4, kv_cache_gb=1e-4, kv_cache_on=on)  # type: ignore[arg-type]
+        assert model.prefixes is not None and model.prefixes.on == on
 
 
 def test_what_is_met_far_more_often_displaces_what_is_not() -> None:
