@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from collm_fast import _native
 
@@ -20,8 +19,8 @@ _any_requires_grad = torch._C._any_requires_grad
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
-def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> Callable[..., Tensor]:
-    """Registers the autograd formula of `collm_fast::name`, an op of one result.
+def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> Callable[..., Any]:
+    """Registers the autograd formula of `collm_fast::name`.
 
     Args: backward, setup: as for torch.library.register_autograd.
     Returns: a function that does what the op does, in less time where nothing is traced or transformed.
@@ -29,12 +28,12 @@ def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[.
     torch.library.register_autograd(f"collm_fast::{name}", backward, setup_context=setup, lib=_native.LIBRARY)
     op = getattr(torch.ops.collm_fast, name).default
 
-    def plain(*inputs: Any) -> Tensor:
+    def plain(*inputs: Any) -> Any:
         with _below_autograd():
-            result: Tensor = op(*inputs)
+            result = op(*inputs)
         return result
 
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Any:
         # Not the `setup_context` of a Function: torch would bind the arguments by their signature, at each call.
         result = plain(*inputs)
         setup(ctx, inputs, result)
@@ -46,9 +45,9 @@ def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[.
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
-    def call(*inputs: Any) -> Tensor:
+    def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or _transforms_active():
-            result: Tensor = op(*inputs)
+            result = op(*inputs)
         elif torch.is_grad_enabled() and _any_requires_grad(*inputs):
             result = formula.apply(*inputs)
         else:

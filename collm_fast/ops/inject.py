@@ -6,6 +6,7 @@ Floor F1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -198,9 +199,9 @@ def _scatter_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return _gather_rows(grad, index), None, None
 
 
-_embed_inject = register_autograd("embed_inject", _embed_inject_backward, _embed_inject_setup)
-_gather_rows = register_autograd("gather_rows", _gather_rows_backward, _gather_rows_setup)
-_scatter_rows = register_autograd("scatter_rows", _scatter_rows_backward, _scatter_rows_setup)
+_embed_inject: Callable[..., Tensor] = register_autograd("embed_inject", _embed_inject_backward, _embed_inject_setup)
+_gather_rows: Callable[..., Tensor] = register_autograd("gather_rows", _gather_rows_backward, _gather_rows_setup)
+_scatter_rows: Callable[..., Tensor] = register_autograd("scatter_rows", _scatter_rows_backward, _scatter_rows_setup)
 
 
 # --- public functions --------------------------------------------------------------------------------------------

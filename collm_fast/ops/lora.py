@@ -14,6 +14,7 @@ from torch import Tensor
 
 from collm_fast import _native, reference
 from collm_fast.ops._arguments import seed_tensor, without_autocast
+from collm_fast.ops._autograd import register_autograd
 from collm_fast.ops._device_errors import raise_device_errors
 from collm_fast.ops._lora_checks import (
     check_backward,
@@ -175,19 +176,23 @@ def _backward(ctx: Any, grad: Tensor | None, grad_s: Tensor | None) -> tuple[Ten
         return (None,) * 9
     x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
     mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
-    grads = torch.ops.collm_fast.lora_linear_backward(
+    grads = _lora_linear_backward(
         grad, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed, ctx.stream, mask
     )
     dx, dA, dB = (g if wanted else None for g, wanted in zip(grads, mask, strict=True))
     return dx, None, None, dA, dB, None, None, None, None
 
 
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
     raise RuntimeError("lora_linear: expected a first derivative, got a request for the second")
 
 
-torch.library.register_autograd("collm_fast::lora_linear", _backward, setup_context=_setup_context, lib=_native.LIBRARY)
-torch.library.register_autograd("collm_fast::lora_linear_backward", _no_second_derivative, lib=_native.LIBRARY)
+_lora_linear = register_autograd("lora_linear", _backward, _setup_context)
+_lora_linear_backward = register_autograd("lora_linear_backward", _no_second_derivative, _keep_nothing)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -240,7 +245,7 @@ def lora_linear(
         return torch.nn.functional.linear(x, weight, bias)
     p = dropout_p if training else 0.0
     seed = seed_tensor("lora_linear", seed, x.device) if p > 0.0 else None
-    y: Tensor = torch.ops.collm_fast.lora_linear(x, weight, bias, lora_A, lora_B, scaling, p, seed, stream)[0]
+    y: Tensor = _lora_linear(x, weight, bias, lora_A, lora_B, scaling, p, seed, stream)[0]
     return y
 
 

@@ -1,19 +1,18 @@
 // lora_linear on the CPU: the choice of a kernel, the vendor's matrix product, registration.
 //
-// The passes over the rows are in lora_rows.h (any CPU) and lora_avx512.h; the product of our own for bfloat16 on AMX
-// in lora_tiles.h. Everywhere else the passes write the bias and the low-rank part, and the vendor's product is added
-// to them (beta = 1).
+// The passes over the rows are in lora_rows.h (any CPU) and lora_avx512.h; products of our own with them are in
+// lora_product.h (float32) and in lora_tiles.h and lora_tile_passes.h (bfloat16 on AMX). Everywhere else the passes
+// write the bias and the low-rank part, and the vendor's product is added to them (beta = 1).
 #include "isa.h"
 #include "lora_product.h"
 #include "lora_rows.h"
-#include "lora_tiles.h"
+#include "lora_scratch.h"
+#include "lora_tile_passes.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
 
-#include <memory>
-#include <new>
 #include <tuple>
 
 namespace collm::lora {
@@ -74,22 +73,6 @@ struct Rows {
   THO_DISPATCH_V2(type, "lora_linear", AT_WRAP([&] { body; }), AT_FLOATING_TYPES, ScalarType::BFloat16, \
                   ScalarType::Half)
 
-// Memory on a cache line's border, not initialised.
-template <typename W>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : data_(static_cast<W*>(::operator new(bytes(size), kAlign))) {}
-  W* data() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  static size_t bytes(int64_t size) { return static_cast<size_t>(std::max<int64_t>(size, 1)) * sizeof(W); }
-  struct Free {
-    void operator()(W* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<W, Free> data_;
-};
-
 template <typename W, typename T>
 void copy_factor(const Tensor& factor, int64_t si, int64_t sj, int64_t r, int64_t C, int64_t stride, W* out) {
   const T* from = static_cast<const T*>(factor.data_ptr());
@@ -141,11 +124,14 @@ void add_product(const Tensor& out, const Tensor& left, const Tensor& right) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
 }
 
-// The kernels of our own: which namespace computes the product of a dtype, and whether it does.
+// The kernels of our own: whether they compute the product of a dtype, and how.
 template <typename T>
 struct Own {
   static bool serves(int64_t, int64_t) { return false; }
 };
+// Rows do not meet in any sum of the forward, so how they are shared out does not change a bit.
+constexpr int64_t kUnit = 32;
+
 #if defined(COLLM_X86)
 template <typename T>
 constexpr bool has_own = std::is_same_v<T, float> || std::is_same_v<T, torch::headeronly::BFloat16>;
@@ -157,16 +143,63 @@ struct Own<float> {
   using Right = product::Right;
   static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && Right::serves(terms); }
   static constexpr auto pack = product::pack;
-  static constexpr auto forward = product::forward_rows;
-  static constexpr auto backward = product::backward_rows;
+  static constexpr int64_t kPieces = 1;
+  static int64_t rank_rows(int64_t r) { return padded(r); }
+
+  static void forward(const Forward<float>& f, const Right& right, int64_t M) {
+    torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
+      const Buffer<float> s(right.scratch_size());
+      product::forward_rows(f, right, begin * kUnit, std::min(end * kUnit, M), s.data());
+    });
+  }
+  static void backward(const Backward<float>& f, const Right& right, const Parts<float>& parts) {
+    torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<float> ds(right.scratch_size());
+      const Buffer<uint16_t> keep(avx512::kBlockRows * avx512::keep_stride(f.K) + 4);
+      for (int64_t p = begin; p < end; ++p) {
+        parts.clear(p);
+        product::backward_rows(f, right, parts.begin(p), parts.begin(p + 1), parts.A(p), parts.B(p), ds.data(),
+                               keep.data());
+      }
+    });
+  }
 };
+
 template <>
 struct Own<torch::headeronly::BFloat16> {
+  using T = torch::headeronly::BFloat16;
   using Right = tiles::Right;
   static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && Right::serves(terms); }
   static constexpr auto pack = tiles::pack;
-  static constexpr auto forward = tiles::forward_rows;
-  static constexpr auto backward = tiles::backward_rows;
+  static constexpr int64_t kPieces = tiles::kPieces;
+  static int64_t rank_rows(int64_t r) { return tiles::RankRight{0, r}.width(); }
+
+  // A, or B^T, packed.
+  struct Rank {
+    tiles::RankRight right;
+    Buffer<uint16_t> buffer;
+
+    Rank(Factor<float> factor, int64_t terms, int64_t r) : right{terms, r}, buffer(right.size()) {
+      const Buffer<uint16_t> pieces(right.width() * right.steps() * tiles::kStep);
+      tiles::pack_rank(factor, right, pieces.data(), buffer.data());
+      right.data = buffer.data();
+    }
+  };
+
+  static void forward(const Forward<T>& f, const Right& right, int64_t M) {
+    const Rank rank(f.a, f.K, f.r);
+    torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
+      const Buffer<uint16_t> scratch(tiles::forward_scratch(right));
+      tiles::forward_rows(f, right, rank.right, begin * kUnit, std::min(end * kUnit, M), scratch.data());
+    });
+  }
+  static void backward(const Backward<T>& f, const Right& right, const Parts<float>& parts) {
+    const Rank rank(f.b, f.N, f.r);
+    torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<uint16_t> scratch(tiles::backward_scratch(right, rank.right));
+      tiles::backward_rows(f, right, rank.right, begin, end, parts, scratch.data());
+    });
+  }
 };
 
 // A frozen weight as the right factor of a product over the weight's dimension `term`, packed.
@@ -174,7 +207,6 @@ template <typename T>
 class Packed {
  public:
   using Right = typename Own<T>::Right;
-  using Word = typename Right::Word;
 
   Packed(const Tensor& weight, int64_t term, Factor<float> factor, int64_t r)
       : right_{weight.size(term), weight.size(1 - term), r}, buffer_(right_.size()) {
@@ -192,11 +224,10 @@ class Packed {
     });
   }
   const Right& right() const { return right_; }
-  Buffer<Word> scratch() const { return Buffer<Word>(right_.scratch_size()); }
 
  private:
   Right right_;
-  Buffer<Word> buffer_;
+  Buffer<typename Right::Word> buffer_;
 };
 #else
 template <typename T>
@@ -218,15 +249,10 @@ void forward_into(const Tensor& x, const Tensor& weight, const std::optional<Ten
   f.a = a.factor(), f.b = b.factor(), f.bias = c.factor().data;
   f.scaling = static_cast<W>(scaling), f.dropout = d;
   f.y = static_cast<T*>(y.data_ptr()), f.s = static_cast<W*>(s.data_ptr());
-  // Rows do not meet in any sum, so how they are shared out does not change a bit.
-  constexpr int64_t kUnit = 32;
   if constexpr (has_own<T>) {
     if (Own<T>::serves(M, f.K)) {
       const Packed<T> packed(weight, 1, f.b, r);
-      torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
-        const auto scratch = packed.scratch();
-        Own<T>::forward(f, packed.right(), begin * kUnit, std::min(end * kUnit, M), scratch.data());
-      });
+      Own<T>::forward(f, packed.right(), M);
       return;
     }
   }
@@ -256,24 +282,37 @@ int64_t partial_sums(int64_t M, int64_t bytes_each) {
   return std::max<int64_t>(1, std::min(wanted, (int64_t{64} << 20) / std::max<int64_t>(bytes_each, 1)));
 }
 
-// out [R, C] = scale times the partial sums, `size` numbers apart and added in order; element (i, j) of each is at
-// i * row_step + j * column_step.
-template <typename W, typename T>
-void reduce_into(const Tensor& out, const W* partial, int64_t parts, int64_t size, int64_t row_step,
-                 int64_t column_step, W scale) {
-  const int64_t R = out.size(0), C = out.size(1);
-  T* to = static_cast<T*>(out.data_ptr());
-  torch::stable::parallel_for(0, R * C, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin; e < end; ++e) {
-      const W* from = partial + (e / C) * row_step + (e % C) * column_step;
-      W sum = 0;
-      for (int64_t p = 0; p < parts; ++p) {
-        sum += from[p * size];
-      }
-      to[e] = static_cast<T>(scale * sum);
-    }
-  });
-}
+// out [R, C] = scale times the sums of all parts, added in order. Element (i, j) of a part is the sum of `pieces`
+// numbers, `piece` apart, from i * row_step + j * column_step on.
+template <typename W>
+struct Partial {
+  const W* data;
+  int64_t parts, size, row_step, column_step, pieces, piece;
+  W scale;
+
+  template <typename T>
+  void reduce_into(const Tensor& out) const {
+    const int64_t R = out.size(0), C = out.size(1);
+    T* to = static_cast<T*>(out.data_ptr());
+    torch::stable::parallel_for(0, R, std::max<int64_t>(1, 4096 / std::max<int64_t>(C, 1)),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    for (int64_t j = 0; j < C; ++j) {
+                                      const W* from = data + i * row_step + j * column_step;
+                                      W sum = 0;
+                                      for (int64_t p = 0; p < parts; ++p) {
+                                        W whole = from[p * size];
+                                        for (int64_t n = 1; n < pieces; ++n) {
+                                          whole += from[p * size + n * piece];
+                                        }
+                                        sum += whole;
+                                      }
+                                      to[i * C + j] = static_cast<T>(scale * sum);
+                                    }
+                                  }
+                                });
+  }
+};
 
 // dx, dA and dB, each where it is defined, for the rows [M, N] of grad and [M, K] of x.
 template <typename T>
@@ -281,7 +320,7 @@ void backward_into(const Tensor& grad, const std::optional<Tensor>& x, const Ten
                    const Tensor& lora_B, const std::optional<Tensor>& s, double scaling, const Dropout& d,
                    const std::optional<Tensor>& dx, const Tensor& dA, const Tensor& dB) {
   using W = typename Wide<T>::type;
-  const int64_t M = grad.size(0), N = lora_B.size(0), r = lora_B.size(1), K = lora_A.size(1), rp = padded(r);
+  const int64_t M = grad.size(0), N = lora_B.size(0), r = lora_B.size(1), K = lora_A.size(1);
   const auto a = Unpacked<W>::of_A(lora_A), b = Unpacked<W>::of_B(lora_B);
   Backward<T> f{};
   f.grad = static_cast<const T*>(grad.data_ptr());
@@ -292,46 +331,44 @@ void backward_into(const Tensor& grad, const std::optional<Tensor>& x, const Ten
   f.s = s ? static_cast<const W*>(s->data_ptr()) : nullptr;
   f.scaling = static_cast<W>(scaling), f.dropout = d;
   f.dx = dx ? static_cast<T*>(dx->data_ptr()) : nullptr;
-  const int64_t size_A = x ? rp * a.stride : 0, size_B = s ? rp * b.stride : 0;
-  const int64_t parts = partial_sums(M, (size_A + size_B) * static_cast<int64_t>(sizeof(W)));
-  const Buffer<W> partial_A(parts * size_A), partial_B(parts * size_B);
-  // body(begin, end, dA, dB) for the rows of each part.
-  const auto for_parts = [&](const auto& body) {
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        W *to_A = partial_A.data() + p * size_A, *to_B = partial_B.data() + p * size_B;
-        std::fill_n(to_A, size_A, W(0));
-        std::fill_n(to_B, size_B, W(0));
-        body(M * p / parts, M * (p + 1) / parts, to_A, to_B);
-      }
-    });
-  };
   const bool own = dx && Own<T>::serves(M, N);
+  // Rows of the partial sums; our own may keep the pieces of a rank apart.
+  int64_t rows = padded(r), pieces = 1;
+  if constexpr (has_own<T>) {
+    if (own) {
+      rows = Own<T>::rank_rows(r), pieces = Own<T>::kPieces;
+    }
+  }
+  const int64_t size_A = x ? rows * a.stride : 0, size_B = s ? rows * b.stride : 0;
+  Parts<W> parts{M, partial_sums(M, (size_A + size_B) * static_cast<int64_t>(sizeof(W))), size_A, size_B};
+  const Buffer<W> partial_A(parts.count * size_A), partial_B(parts.count * size_B);
+  parts.data_A = partial_A.data(), parts.data_B = partial_B.data();
   if constexpr (has_own<T>) {
     if (own) {
       const Packed<T> packed(weight, 0, f.a, r);
-      for_parts([&](int64_t begin, int64_t end, W* to_A, W* to_B) {
-        const auto scratch = packed.scratch();
-        const Buffer<uint16_t> keep(avx512::kBlockRows * avx512::keep_stride(K) + 4);
-        Own<T>::backward(f, packed.right(), begin, end, to_A, to_B, scratch.data(), keep.data());
-      });
+      Own<T>::backward(f, packed.right(), parts);
     }
   }
   if (!own) {
     const auto run = Rows<T>::backward();
-    for_parts([&](int64_t begin, int64_t end, W* to_A, W* to_B) { run(f, begin, end, to_A, to_B); });
+    torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        parts.clear(p);
+        run(f, parts.begin(p), parts.begin(p + 1), parts.A(p), parts.B(p));
+      }
+    });
     if (dx && M > 0) {
       const std::array<int64_t, 2> flat{M, K};
       add_product(torch::stable::view(*dx, flat), grad, weight);
     }
   }
   if (x) {
-    COLLM_DISPATCH(dA.scalar_type(),
-                   (reduce_into<W, scalar_t>(dA, partial_A.data(), parts, size_A, a.stride, 1, W(1))));
+    const Partial<W> sums{parts.data_A, parts.count, size_A, a.stride, 1, pieces, r * a.stride, W(1)};
+    COLLM_DISPATCH(dA.scalar_type(), sums.template reduce_into<scalar_t>(dA));
   }
   if (s) {
-    COLLM_DISPATCH(dB.scalar_type(),
-                   (reduce_into<W, scalar_t>(dB, partial_B.data(), parts, size_B, 1, b.stride, f.scaling)));
+    const Partial<W> sums{parts.data_B, parts.count, size_B, 1, b.stride, pieces, r * b.stride, f.scaling};
+    COLLM_DISPATCH(dB.scalar_type(), sums.template reduce_into<scalar_t>(dB));
   }
 }
 

@@ -72,6 +72,21 @@ struct Backward {
   bool wants_ds() const { return dx != nullptr || x != nullptr; }
 };
 
+// The rows of a backward in parts, each with sums of its own of dA and dB^T; they are cut by the shapes alone.
+template <typename W>
+struct Parts {
+  int64_t M, count, size_A, size_B;
+  W *data_A = nullptr, *data_B = nullptr;
+
+  int64_t begin(int64_t part) const { return M * part / count; }
+  W* A(int64_t part) const { return data_A + part * size_A; }
+  W* B(int64_t part) const { return data_B + part * size_B; }
+  void clear(int64_t part) const {
+    std::fill_n(A(part), size_A, W(0));
+    std::fill_n(B(part), size_B, W(0));
+  }
+};
+
 COLLM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 COLLM_INLINE int64_t padded(int64_t r) { return round_up(r, kLanes); }
 

@@ -1,10 +1,13 @@
 // lora_linear in bfloat16 on AMX tiles: the frozen product and the low-rank update in one kernel of our own.
+// The passes that feed it, over x and dy, are in lora_tile_passes.h.
 //
 // The vendor's product reaches a fifth of what the tiles can do, so no pass around it would be cheap. Here both
 // factors are packed into tiles, and the update costs one more step of the contraction: forward as columns beside
 // [x | s] [W | B]^T, backward in accumulators of its own, because the mask acts on them alone. A float32 number goes
 // into the tiles as two bfloat16 numbers, high and low, and three products: what is lost is 2^-16 of the update.
-// Every output is rounded once. Blocks are cut by shapes alone, so no number of threads changes a bit.
+// Between the steps of a product the outputs before are rounded, and the lines of these ones fetched: they lie outside
+// the second-level cache. The mask is not drawn there, it would take longer than alone. Every output is rounded once.
+// Blocks are cut by shapes alone, so no number of threads changes a bit.
 #pragma once
 
 #include "isa.h"
@@ -43,8 +46,21 @@ struct Right {
   int64_t added() const { return steps_of(kParts * r); }
   int64_t all() const { return steps() + added(); }
   int64_t size() const { return panels() * all() * 2 * kTile; }
-  int64_t scratch_size() const { return kBlockRows * all() * kStep; }
   const uint16_t* panel(int64_t p) const { return data + p * all() * 2 * kTile; }
+};
+
+// The other factor of the rank, [terms, r], as a right factor of its own. Its results stay in float32, so each number
+// is cut in three: all high pieces, then all middle ones, then all low ones are its outputs.
+constexpr int64_t kPieces = 3;
+struct RankRight {
+  int64_t terms, r;
+  const uint16_t* data = nullptr;  // [tiles][steps][16][16][2]
+
+  int64_t steps() const { return steps_of(terms); }
+  int64_t tiles() const { return round_up(kPieces * r, 16) / 16; }
+  int64_t width() const { return 16 * tiles(); }
+  int64_t size() const { return tiles() * steps() * kTile; }
+  const uint16_t* tile(int64_t t) const { return data + t * steps() * kTile; }
 };
 
 // The compiler does not know all that the instructions of tiles read: it must be in memory before.
@@ -86,6 +102,14 @@ COLLM_TILES_INLINE void pack_tile(const uint16_t* w, int64_t term_stride, int64_
   }
 }
 
+// The lines of a tile that will be packed; it need not exist.
+COLLM_TILES_INLINE void ask_for_tile(const uint16_t* w, int64_t term_stride, int64_t output_stride) {
+  const int64_t lines = term_stride == 1 ? 16 : 32, stride = term_stride == 1 ? output_stride : term_stride;
+  for (int64_t i = 0; i < lines; ++i) {
+    _mm_prefetch(reinterpret_cast<const char*>(w + i * stride), _MM_HINT_T0);
+  }
+}
+
 // The high half of a float32 number, or the low one, each a bfloat16 number.
 COLLM_TILES_INLINE __m256i half_of(__m512 v, bool low) {
   const __m256i high = (__m256i)_mm512_cvtneps_pbh(v);
@@ -94,6 +118,15 @@ COLLM_TILES_INLINE __m256i half_of(__m512 v, bool low) {
   }
   const __m512 widened = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   return (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(v, widened));
+}
+
+// The three bfloat16 numbers whose sum is a float32 number.
+COLLM_TILES_INLINE void cut(__m512 v, __m256i (&piece)[kPieces]) {
+#pragma GCC unroll 3
+  for (int64_t i = 0; i < kPieces; ++i) {
+    piece[i] = half_of(v, false);
+    v = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(piece[i]), 16)));
+  }
 }
 
 // One tile of the added terms: part t / r of rank t % r, whose halves on this side are high, high, low.
@@ -122,6 +155,7 @@ COLLM_TILES inline void pack(const BFloat16* weight, int64_t term_stride, int64_
       const int64_t terms = right.terms - t;
       for (int64_t o = p * kPanel; o < (p + 1) * kPanel; o += 16, out += kTile) {
         if (terms > 0) {
+          ask_for_tile(w + t * term_stride + (o + kPanel) * output_stride, term_stride, output_stride);
           pack_tile(w + t * term_stride + o * output_stride, term_stride, output_stride, terms, right.outputs - o, out);
         } else {
           pack_added(factor, right.r, t - right.steps() * kStep, o, out);
@@ -131,13 +165,23 @@ COLLM_TILES inline void pack(const BFloat16* weight, int64_t term_stride, int64_
   }
 }
 
-// kRows rows of the left factor: `steps` pairs of tiles; zero past `rows` and past `terms`.
-COLLM_TILES_INLINE void pack_left(const BFloat16* v, int64_t stride, int64_t rows, int64_t terms, uint16_t* out) {
-  for (int64_t i = 0; i < kRows; ++i) {
-    uint16_t* to = out + i / 16 * kTile + i % 16 * 32;
-    for (int64_t t = 0; t < terms; t += kStep, to += 2 * kTile) {
-      const __mmask32 exist = i >= rows ? 0u : terms - t >= 32 ? ~0u : (1u << (terms - t)) - 1u;
-      _mm512_store_si512(to, _mm512_maskz_loadu_epi16(exist, v + i * stride + t));
+// The rank's factor [rp][stride], into `data`; `pieces` has room for [width][steps * kStep].
+COLLM_TILES inline void pack_rank(Factor<float> factor, const RankRight& right, uint16_t* pieces, uint16_t* data) {
+  const int64_t stride = right.steps() * kStep, used = kPieces * right.r;
+  std::fill_n(pieces + used * stride, (right.width() - used) * stride, uint16_t{0});
+  for (int64_t j = 0; j < right.r; ++j) {
+    for (int64_t t = 0; t < stride; t += 16) {
+      __m256i piece[kPieces];
+      cut(_mm512_load_ps(factor.data + j * factor.stride + t), piece);
+#pragma GCC unroll 3
+      for (int64_t i = 0; i < kPieces; ++i) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(pieces + (i * right.r + j) * stride + t), piece[i]);
+      }
+    }
+  }
+  for (int64_t o = 0; o < right.width(); o += 16) {
+    for (int64_t t = 0; t < stride; t += kStep, data += kTile) {
+      pack_tile(pieces + o * stride + t, 1, stride, kStep, 16, data);
     }
   }
 }
@@ -170,19 +214,34 @@ COLLM_TILES_INLINE void zero_sums() {
   _tile_zero(3);
 }
 
-// Tiles 0 .. 3 += two by two tiles of the left and the right factor, over `steps` steps. The left factor is read past
-// the first-level cache, where it would push out the panel that all rows share.
-COLLM_TILES_INLINE void add_steps(const uint16_t* left, const uint16_t* right, int64_t steps) {
-  for (int64_t s = 0; s < steps; ++s, left += 2 * kTile, right += 2 * kTile) {
-    _tile_stream_loadd(4, left, 64);
-    _tile_loadd(6, right, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + kTile, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_stream_loadd(5, left + kTile, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+// kRows rows of a left factor, two tiles for each of its steps: packed, or as they lie in memory.
+struct Left {
+  const uint16_t* first;
+  int64_t step, below;  // from a tile to that of the next step, and to that of the next sixteen rows
+  int64_t row_bytes;
+
+  static Left packed(const uint16_t* tiles) { return {tiles, 2 * kTile, kTile, 64}; }
+  static Left in_place(const BFloat16* v, int64_t stride) {
+    return {reinterpret_cast<const uint16_t*>(v), kStep, 16 * stride, 2 * stride};
   }
+  // Rows that are cut in whole tiles, on the borders of cache lines.
+  static bool can_stay(const BFloat16* v, int64_t stride, int64_t terms) {
+    return terms % kStep == 0 && stride % kStep == 0 && reinterpret_cast<uintptr_t>(v) % 64 == 0;
+  }
+};
+
+// Tiles 0 .. 3 += two by two tiles of the left and the right factor. The left factor is read past the first-level
+// cache, where it would push out the panel that all rows share.
+COLLM_TILES_INLINE void add_step(const Left& left, int64_t s, const uint16_t* right) {
+  const uint16_t* tile = left.first + s * left.step;
+  _tile_stream_loadd(4, tile, left.row_bytes);
+  _tile_loadd(6, right, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, right + kTile, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_stream_loadd(5, tile + left.below, left.row_bytes);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
 }
 
 COLLM_TILES_INLINE void load_sums(const float* sums) {
@@ -200,7 +259,8 @@ COLLM_TILES_INLINE void store_sums(float* sums) {
 
 // Up to kBlockRows rows against all panels of the right factor.
 struct Product {
-  const uint16_t* left;  // packed, [rows / kRows][steps + added]
+  const Left* left;       // [rows / kRows]
+  const uint16_t* added;  // the rank's steps of the same rows, packed: [rows / kRows][added]
   Right right;
   int64_t rows;
   const float* start;    // [outputs], null: zero
@@ -209,97 +269,94 @@ struct Product {
   BFloat16* out;  // [rows][outputs]
 };
 
-COLLM_TILES_INLINE void write_panel(const Product& p, int64_t row, int64_t output, const float* sums,
-                                    const float* added) {
-  const int64_t rows = std::min(kRows, p.rows - row), outputs = p.right.outputs - output;
+// Two by two tiles of sums that wait to be rounded.
+struct Waiting {
+  const float *sums, *added;
+  int64_t row, output, rows = 0, written = 0;
+};
+
+COLLM_TILES_INLINE void write_row(const Product& p, Waiting& w) {
+  const int64_t i = w.written++, at = i / 16 * 512 + i % 16 * 16, outputs = p.right.outputs - w.output;
   const __mmask32 exist = outputs >= 32 ? ~0u : (1u << outputs) - 1u;
-  const __m512 s0 = p.start ? _mm512_loadu_ps(p.start + output) : _mm512_setzero_ps();
-  const __m512 s1 = p.start ? _mm512_loadu_ps(p.start + output + 16) : _mm512_setzero_ps();
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = i / 16 * 512 + i % 16 * 16;
-    __m512 a = _mm512_add_ps(_mm512_load_ps(sums + at), s0), b = _mm512_add_ps(_mm512_load_ps(sums + at + 256), s1);
-    if (p.keep != nullptr) {
-      const uint16_t* bits = p.keep + (row + i) * p.keep_stride + output / 16;
-      a = _mm512_mask_add_ps(a, bits[0], a, _mm512_load_ps(added + at));
-      b = _mm512_mask_add_ps(b, bits[1], b, _mm512_load_ps(added + at + 256));
+  __m512 a = _mm512_load_ps(w.sums + at), b = _mm512_load_ps(w.sums + at + 256);
+  if (p.start != nullptr) {
+    a = _mm512_add_ps(a, _mm512_loadu_ps(p.start + w.output));
+    b = _mm512_add_ps(b, _mm512_loadu_ps(p.start + w.output + 16));
+  }
+  if (p.keep != nullptr) {
+    const uint16_t* bits = p.keep + (w.row + i) * p.keep_stride + w.output / 16;
+    a = _mm512_mask_add_ps(a, bits[0], a, _mm512_load_ps(w.added + at));
+    b = _mm512_mask_add_ps(b, bits[1], b, _mm512_load_ps(w.added + at + 256));
+  }
+  BFloat16* to = p.out + (w.row + i) * p.right.outputs + w.output;
+  _mm512_mask_storeu_epi16(to, exist, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+
+// At every step of a product: a few rows of the sums before, and the lines of as many outputs of these ones.
+COLLM_TILES_INLINE void write_some(const Product& p, Waiting& w, int64_t share, const BFloat16* lines, int64_t& asked) {
+  for (int64_t n = 0; n < share; ++n) {
+    if (w.written < w.rows) {
+      write_row(p, w);
     }
-    _mm512_mask_storeu_epi16(p.out + (row + i) * p.right.outputs + output, exist, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    if (asked > 0) {
+      _mm_prefetch(reinterpret_cast<const char*>(lines + --asked * p.right.outputs), _MM_HINT_T1);
+    }
+  }
+}
+
+COLLM_TILES_INLINE void write_rest(const Product& p, Waiting& w) {
+  while (w.written < w.rows) {
+    write_row(p, w);
   }
 }
 
 COLLM_TILES_INLINE void multiply(const Product& p) {
   alignas(64) float sums[kBlockRows / kRows][1024];
-  alignas(64) float added[1024];
+  alignas(64) float added[2][1024];
   settle();
-  const int64_t all = p.right.all(), steps = p.keep == nullptr ? all : p.right.steps();
-  const int64_t blocks = std::max<int64_t>(1, (steps + kBlockSteps - 1) / kBlockSteps);
+  const int64_t steps = p.right.steps(), blocks = std::max<int64_t>(1, (steps + kBlockSteps - 1) / kBlockSteps);
+  const int64_t share = (kRows * blocks + steps - 1) / std::max<int64_t>(steps, 1);
+  Waiting waiting{};
+  int64_t turn = 0;
   for (int64_t panel = 0; panel * kPanel < p.right.outputs; ++panel) {
     const uint16_t* right = p.right.panel(panel);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = steps * b / blocks, end = steps * (b + 1) / blocks;
-      for (int64_t row = 0; row < p.rows; row += kRows) {
-        const uint16_t* left = p.left + row / kRows * all * 2 * kTile;
-        float* sum = sums[row / kRows];
+      const bool last = b + 1 == blocks;
+      for (int64_t row = 0; row < p.rows; row += kRows, ++turn) {
+        const Left left = p.left[row / kRows];
+        float *sum = blocks == 1 ? sums[turn % 2] : sums[row / kRows], *more = added[turn % 2];
         if (b == 0) {
           zero_sums();
         } else {
           load_sums(sum);
         }
-        add_steps(left + begin * 2 * kTile, right + begin * 2 * kTile, end - begin);
-        store_sums(sum);
-        if (b + 1 < blocks) {
-          continue;
+        const BFloat16* outputs = p.out + row * p.right.outputs + panel * kPanel;
+        int64_t asked = last ? std::min(kRows, p.rows - row) : 0;
+        for (int64_t s = begin; s < end; ++s) {
+          add_step(left, s, right + s * 2 * kTile);
+          write_some(p, waiting, share, outputs, asked);
         }
-        if (p.keep != nullptr) {
-          zero_sums();
-          add_steps(left + steps * 2 * kTile, right + steps * 2 * kTile, p.right.added());
-          store_sums(added);
+        write_rest(p, waiting);
+        if (last) {
+          if (p.keep != nullptr) {
+            store_sums(sum);
+            zero_sums();
+          }
+          const Left rank = Left::packed(p.added + row / kRows * p.right.added() * 2 * kTile);
+          for (int64_t s = 0; s < p.right.added(); ++s) {
+            add_step(rank, s, right + (steps + s) * 2 * kTile);
+          }
+          store_sums(p.keep == nullptr ? sum : more);
+          waiting = {sum, more, row, panel * kPanel, std::min(kRows, p.rows - row)};
+        } else {
+          store_sums(sum);
         }
-        write_panel(p, row, panel * kPanel, sum, added);
+        settle();
       }
     }
   }
-}
-
-// y = [x | scaling s] [W | B]^T + b and s for the rows begin .. end - 1.
-COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& right, int64_t begin, int64_t end,
-                                     uint16_t* left) {
-  const int64_t all = right.all();
-  alignas(64) float s[kRows * kMaxRank];
-  configure();
-  for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
-    const int64_t last = std::min(m0 + kBlockRows, end);
-    uint16_t* to = left;
-    for (int64_t m = m0; m < last; m += kRows, to += all * 2 * kTile) {
-      const int64_t rows = std::min(kRows, last - m);
-      avx512::project_x(f, m, rows, s);
-      pack_left(f.x + m * f.x_stride, f.x_stride, rows, f.K, to);
-      pack_left_added(s, f.r, padded(f.r), right.added(), to + right.steps() * 2 * kTile);
-    }
-    multiply({left, right, last - m0, f.bias, nullptr, 0, f.y + m0 * f.N});
-  }
-  _tile_release();
-}
-
-// dx = dy W + mask (ds A) and what the rows begin .. end - 1 add to dA and dB^T; keep holds kBlockRows rows.
-COLLM_TILES inline void backward_rows(const Backward<BFloat16>& f, const Right& right, int64_t begin, int64_t end,
-                                      float* dA, float* dB, uint16_t* left, uint16_t* keep) {
-  const int64_t all = right.all(), stride = avx512::keep_stride(f.K), rp = padded(f.r);
-  alignas(64) float ds[kRows * kMaxRank];
-  configure();
-  for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
-    const int64_t last = std::min(m0 + kBlockRows, end);
-    uint16_t* to = left;
-    for (int64_t m = m0; m < last; m += kRows, to += all * 2 * kTile) {
-      const int64_t rows = std::min(kRows, last - m);
-      avx512::project_grad(f, m, rows, ds, dB);
-      pack_left(f.grad + m * f.grad_stride, f.grad_stride, rows, f.N, to);
-      pack_left_added(ds, f.r, rp, right.added(), to + right.steps() * 2 * kTile);
-      avx512::mask_x(f, m, rows, ds, keep + (m - m0) * stride, dA);
-    }
-    multiply({left, right, last - m0, nullptr, keep, stride, f.dx + m0 * f.K});
-  }
-  _tile_release();
+  write_rest(p, waiting);
 }
 
 }  // namespace collm::lora::tiles

@@ -168,7 +168,9 @@ def test_arithmetic_of_strides(device: str) -> None:
 @requires("native")
 @pytest.mark.skipif(in_child(), reason="needs the compiled libraries")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("M", "K", "N"), [(32, 31, 33), (41, 960, 50), (45, 50, 961), (259, 700, 49), (64, 1, 1)])
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(32, 31, 33), (41, 960, 50), (45, 50, 961), (259, 700, 49), (64, 1, 1), (331, 96, 672)]
+)
 def test_kernels_of_our_own(dtype: torch.dtype, M: int, K: int, N: int) -> None:
     """Tails of rows, terms and outputs; weights packed from either order in memory and from neither."""
     case = make((M, K), N, 5, dtype, torch.float32, "cpu", bias=N != 33)
@@ -178,6 +180,17 @@ def test_kernels_of_our_own(dtype: torch.dtype, M: int, K: int, N: int) -> None:
         again = Case(case.x, weight, case.bias, case.lora_A, case.lora_B, case.grad)
         check(again, dropout_p=0.25, seed=11, training=True)
     check(case)
+    # Rows apart, on the borders of cache lines and off them.
+    for first in (32, 5) if K > 1 else ():  # a gradient of one sum may nearly cancel
+        apart = torch.randn(M, K + 64).to(dtype)
+        grad = torch.randn(M, N + 64).to(dtype)
+        views = (apart[:, first : first + K], grad[:, first : first + N])
+        check(
+            Case(views[0], case.weight, case.bias, case.lora_A, case.lora_B, views[1]),
+            dropout_p=0.25,
+            seed=1,
+            training=True,
+        )
     if dtype == torch.bfloat16:
         # torch's own products use the tiles too: neither may find them as the other left them.
         ours, own = run(lora_linear, case), case.x @ case.weight.T
