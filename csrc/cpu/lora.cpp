@@ -135,12 +135,11 @@ constexpr int64_t kUnit = 32;
 #if defined(COLLM_X86)
 template <typename T>
 constexpr bool has_own = std::is_same_v<T, float> || std::is_same_v<T, torch::headeronly::BFloat16>;
-// Below a few rows, packing the weight would cost more than the product.
-constexpr int64_t kFewRows = 32;
-
 template <>
 struct Own<float> {
   using Right = product::Right;
+  // On fewer rows the vendor's product makes up for the pass around it: it need not pack the weight.
+  static constexpr int64_t kFewRows = 256;
   static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && Right::serves(terms); }
   static constexpr auto pack = product::pack;
   static constexpr int64_t kPieces = 1;
@@ -169,6 +168,7 @@ template <>
 struct Own<torch::headeronly::BFloat16> {
   using T = torch::headeronly::BFloat16;
   using Right = tiles::Right;
+  static constexpr int64_t kFewRows = 32;
   static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && Right::serves(terms); }
   static constexpr auto pack = tiles::pack;
   static constexpr int64_t kPieces = tiles::kPieces;

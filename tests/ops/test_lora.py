@@ -173,6 +173,8 @@ def test_arithmetic_of_strides(device: str) -> None:
 )
 def test_kernels_of_our_own(dtype: torch.dtype, M: int, K: int, N: int) -> None:
     """Tails of rows, terms and outputs; weights packed from either order in memory and from neither."""
+    if dtype == torch.float32 and M < 256:
+        M += 256  # with fewer rows the product is the vendor's
     case = make((M, K), N, 5, dtype, torch.float32, "cpu", bias=N != 33)
     padded = torch.randn(2 * N, 3 * K).to(dtype)
     padded[::2, ::3] = case.weight
