@@ -212,7 +212,7 @@ class TrainConfig:
     quantize: Literal["int8", "nf4"] | None = None
     loss: Loss = "yes"
     # group: rows of one (user, history) stay together and share their prefix; random: the official order. Where groups
-    # are large, group costs accuracy: .03 to .07 AUC in 75 steps on MovieLens-100K (benchmarks/results/order-effect.md).
+    # are large, group costs accuracy: .03 to .07 AUC in 75 steps on MovieLens-100K, see benchmarks/results/README.md.
     order: Literal["group", "random"] = "group"
     # In the order group, at most so many rows of one (user, history) together: fewer mix more users into a batch.
     group_rows: int | None = None

