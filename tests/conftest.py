@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -93,6 +93,20 @@ def requires(*needs: str) -> pytest.MarkDecorator:
         raise ValueError(f"requires: expected names of {sorted(SKIPS)}, got {list(needs)}")
     missing = [need for need in needs if not available(need)]
     return pytest.mark.skipif(bool(missing), reason=SKIPS[missing[0]] if missing else "")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every uninitialised tensor is filled with NaN, so that an element nobody wrote shows; a fixed seed."""
+    import torch
+
+    torch.manual_seed(0)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def _forbid(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -22,6 +22,7 @@ from collm_fast import _native, reference
 from collm_fast.ops import check_device_errors, embed_inject, gather_rows, scatter_rows
 
 DEVICES = ["cpu", pytest.param("cuda", marks=requires("cuda"))]
+pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EXACT = {torch.float32: 1e-6, torch.float64: 1e-14}
 # Name: shape of token_ids, V, H, S.
@@ -38,18 +39,6 @@ SHAPES = {
     "three dimensions": ((2, 3, 5), 7, 33, 4),
     "scalar": ((), 7, 5, 4),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Every uninitialised tensor is filled with NaN, so that an element nobody wrote shows."""
-    torch.manual_seed(0)
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def case(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

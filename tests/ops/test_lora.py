@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +26,9 @@ from torch.nn.functional import linear
 from collm_fast import _native, reference
 from collm_fast.ops import lora_linear, lora_linear_group
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICES = ["cpu", pytest.param("cuda", marks=requires("cuda"))]
 SCALING = 1.75
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Every uninitialised tensor is filled with NaN, so that an element nobody wrote shows."""
-    torch.manual_seed(0)
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 @dataclass
