@@ -62,6 +62,8 @@ def demo_config(data: Path, out: Path, llm: str, seed: int, cf: str, size: Machi
         cf=cf,
         out=out,
         seed=seed,
+        # Histories come in blocks of 8 rows: whole, a batch of 16 holds two users, and 63 such steps end anywhere.
+        group_rows=2,
         loss="yes-no",
         cie_rows="held-out",
         limit_train=size.prompts,
