@@ -31,7 +31,7 @@ HELD_OUT = 0.1
 
 def run_one(arguments: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
     """One run's test metrics and seconds; the rows of the subsets follow from the seed, the same for all orders."""
-    name, _, cut = order.partition(":")
+    kind, _, cut = order.partition(":")
     steps = -(-arguments.prompts // 16)
     stage = {"epochs": 1.0, "eval_every": -(-steps // 2), "patience": None}
     run = collm_fast.train(
@@ -39,7 +39,7 @@ def run_one(arguments: argparse.Namespace, order: str, seed: int) -> dict[str, A
         arguments.llm,
         arguments.out / "cf",
         arguments.out / f"{order.replace(':', '')}-{seed}",
-        order=name,
+        order=kind,
         group_rows=int(cut) if cut else None,
         seed=seed,
         stage=arguments.stage,

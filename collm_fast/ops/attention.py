@@ -13,6 +13,7 @@ from torch import Tensor
 
 from collm_fast import _native, reference
 from collm_fast.ops._arguments import require, without_autocast
+from collm_fast.ops._autograd import register_autograd
 
 _ops = torch.ops.collm_fast
 _OP = "path_attention"
@@ -178,7 +179,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return d_query, d_key, d_value.transpose(0, 1), None, None, None, None, None, None
 
 
-torch.library.register_autograd("collm_fast::path_attention", _backward, setup_context=_setup, lib=_native.LIBRARY)
+_attend = register_autograd("path_attention", _backward, _setup)
 
 
 # --- public functions --------------------------------------------------------------------------------------------
@@ -218,5 +219,5 @@ def path_attention(
     """
     require(window is None or window >= 1, _OP, "window None or at least 1", window)
     before = (None, None) if past is None else past
-    out: Tensor = _ops.path_attention(query, key, value, *before, pieces, counts, scale, window or 0)[0]
+    out: Tensor = _attend(query, key, value, *before, pieces, counts, scale, window or 0)[0]
     return out

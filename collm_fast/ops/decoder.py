@@ -14,6 +14,7 @@ from torch import Tensor
 
 from collm_fast import _native, reference
 from collm_fast.ops._arguments import dtype_name, require
+from collm_fast.ops._autograd import register_autograd
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.collm_fast
@@ -273,13 +274,10 @@ def _softmax_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return _ops.masked_softmax_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.dtype), None, None, None
 
 
-for _name, _backward, _setup in (
-    ("rms_norm", _rms_norm_grad, _rms_norm_setup),
-    ("swiglu", _swiglu_grad, _swiglu_setup),
-    ("rotate_heads", _rotate_grad, _rotate_setup),
-    ("masked_softmax", _softmax_grad, _softmax_setup),
-):
-    torch.library.register_autograd(f"collm_fast::{_name}", _backward, setup_context=_setup, lib=_native.LIBRARY)
+_rms_norm_op = register_autograd("rms_norm", _rms_norm_grad, _rms_norm_setup)
+_swiglu_op = register_autograd("swiglu", _swiglu_grad, _swiglu_setup)
+_rotate_heads_op = register_autograd("rotate_heads", _rotate_grad, _rotate_setup)
+_masked_softmax_op = register_autograd("masked_softmax", _softmax_grad, _softmax_setup)
 
 
 # --- public functions --------------------------------------------------------------------------------------------
@@ -293,7 +291,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises: ValueError for other shapes and dtypes, or a weight that requires a gradient.
     Source: Zhang and Sennrich, Root mean square layer normalization (NeurIPS 2019), equation 4.
     """
-    y: Tensor = _ops.rms_norm(x, weight, eps)[0]
+    y: Tensor = _rms_norm_op(x, weight, eps)[0]
     return y
 
 
@@ -303,7 +301,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises: ValueError for other dtypes, or operands of different shapes or dtypes.
     Source: Shazeer, GLU variants improve transformer (arXiv 2002.05202), equation 6.
     """
-    out: Tensor = _ops.swiglu(gate, up)
+    out: Tensor = _swiglu_op(gate, up)
     return out
 
 
@@ -316,7 +314,7 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises: ValueError for other shapes and dtypes.
     Source: Su et al., RoFormer (arXiv 2104.09864), section 3.2.2, in the halves that Llama uses.
     """
-    out: Tensor = _ops.rotate_heads(x, cos, sin)
+    out: Tensor = _rotate_heads_op(x, cos, sin)
     return out
 
 
@@ -328,5 +326,5 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, dtype: tor
         dtype: of the result: the scores', or bfloat16 for float32 scores, which one does not want rounded before.
     Raises: ValueError for other shapes and dtypes.
     """
-    out: Tensor = _ops.masked_softmax(scores, mask, scale, dtype)
+    out: Tensor = _masked_softmax_op(scores, mask, scale, dtype)
     return out

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -19,6 +18,7 @@
 #include "../checks.h"
 #include "attention_tiles.h"
 #include "isa.h"
+#include "lora_scratch.h"
 
 namespace collm::attention {
 namespace {
@@ -158,7 +158,7 @@ class Memory {
     const int64_t wide = p.padded(), keys = columns * wide, rows = kBlock * wide, block = kBlock * longest;
     // Once to measure, once to cut.
     for (const bool cut : {false, true}) {
-      at_ = cut ? data() : 0;
+      at_ = cut ? reinterpret_cast<uintptr_t>(buffer_->data()) : 0;
       take(z.key_terms, keys), take(z.query, rows), take(z.scores, block), take(z.sums, rows);
       take(gradient ? z.key_pairs : z.value_pairs, keys);
       if (gradient) {
@@ -169,7 +169,7 @@ class Memory {
         take(z.weights, block);
       }
       if (!cut) {
-        buffer_.reset(new char[at_ + kLine]);
+        buffer_.emplace(static_cast<int64_t>(at_));
       }
     }
   }
@@ -177,13 +177,12 @@ class Memory {
 
  private:
   static constexpr uintptr_t kLine = 64;
-  uintptr_t data() const { return (reinterpret_cast<uintptr_t>(buffer_.get()) + kLine - 1) / kLine * kLine; }
   template <typename T>
   void take(T*& to, int64_t count) {
     to = reinterpret_cast<T*>(at_);
     at_ += (static_cast<uintptr_t>(count) * sizeof(T) + kLine - 1) / kLine * kLine;
   }
-  std::unique_ptr<char[]> buffer_;  // not set to zero: nothing is read before it is written
+  std::optional<lora::Buffer<char>> buffer_;  // not set to zero: nothing is read before it is written
   uintptr_t at_ = 0;
 };
 

@@ -110,14 +110,17 @@ COLLM_TILES_INLINE void ask_for_tile(const uint16_t* w, int64_t term_stride, int
   }
 }
 
+COLLM_TILES_INLINE __m512 widened(__m256i half) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
 // The high half of a float32 number, or the low one, each a bfloat16 number.
 COLLM_TILES_INLINE __m256i half_of(__m512 v, bool low) {
   const __m256i high = (__m256i)_mm512_cvtneps_pbh(v);
   if (!low) {
     return high;
   }
-  const __m512 widened = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-  return (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(v, widened));
+  return (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(v, widened(high)));
 }
 
 // The three bfloat16 numbers whose sum is a float32 number.
@@ -125,7 +128,7 @@ COLLM_TILES_INLINE void cut(__m512 v, __m256i (&piece)[kPieces]) {
 #pragma GCC unroll 3
   for (int64_t i = 0; i < kPieces; ++i) {
     piece[i] = half_of(v, false);
-    v = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(piece[i]), 16)));
+    v = _mm512_sub_ps(v, widened(piece[i]));
   }
 }
 
