@@ -36,6 +36,7 @@ from collm_fast.data.packing import PackedBatch, batches, pack
 from collm_fast.data.prompts import Prompts
 from collm_fast.evaluate import score_prompts
 from collm_fast.models.llm import cpu_has_bf16
+from collm_fast.training.graphs import StepGraphs
 
 BATCH, EVAL_BATCH = 16, 64  # the official configurations of MovieLens-1M
 CANDIDATES = 1000
@@ -127,10 +128,11 @@ class Bench:
         dtype: torch.dtype,
         make: Callable[[str, torch.dtype], harness.Impl],
         work: Callable[[], harness.Work],
+        more: Sequence[str] = (),
     ) -> None:
-        """One case: `make` gives an implementation in a dtype by its name."""
+        """One case: `make` gives an implementation in a dtype by its name; `more` beside ours and the peers."""
         truth = self.truth(name, dtype, make)
-        impls = {"ours": make("ours", dtype), "naive": make("naive", dtype), "generic": make("generic", dtype)}
+        impls = {impl: make(impl, dtype) for impl in ("ours", *more, "naive", "generic")}
         try:
             impls["prefix-grouper"] = make("prefix-grouper", dtype)
         except ImportError:
@@ -159,6 +161,10 @@ class Bench:
         together = np.concatenate(plan)
 
         def make(impl: str, dtype: torch.dtype) -> harness.Impl:
+            if impl == "ours-graphs":
+                model = self.adapted("ours", stage, dtype)
+                graphs = StepGraphs(peers.ours(model), model.parameters)
+                return train_steps.graph_steps(graphs, model.parameters, plan, prompts)
             if impl == "ours":
                 model = self.adapted(impl, stage, dtype)
                 logits = peers.ours_logits(peers.ours(model, kv_cache_gb=CACHE_GB if warm else 0.0), prompts)
@@ -170,7 +176,8 @@ class Bench:
         packed = [pack(prompts, rows) for rows in plan]
         self.note(name, prompts, together, packed)
         work = partial(self.work, packed, "step", stage, warm)
-        self.case(name, "step", dtype, make, work)
+        captured = self.suite.device.type == "cuda" and dtype != torch.float32 and not warm
+        self.case(name, "step", dtype, make, work, ("ours-graphs",) if captured else ())
 
     def evaluation(self, name: str, pass_: str, dtype: torch.dtype) -> None:
         """Logits of whole groups of the test split, or of one user's candidates (`rank`), without gradients."""

@@ -5,7 +5,7 @@ AdamW runs at a learning rate of zero: all its arithmetic, and the same weights 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import harness
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from collm_fast.data.packing import pack
 from collm_fast.data.prompts import Prompts
+from collm_fast.training.graphs import StepGraphs
 
 
 def optimizer_of(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -40,6 +41,14 @@ def steps(
 
     Returns: a function that gives the logits [n], in the order of the rows' numbers, and the summed gradients.
     """
+    return _summed(lambda rows, optimizer: step(logits, optimizer, rows, prompts), parameters, plan)
+
+
+def _summed(
+    take: Callable[[np.ndarray, torch.optim.Optimizer], Tensor],
+    parameters: Sequence[Tensor],
+    plan: Sequence[np.ndarray],
+) -> harness.Impl:
     optimizer = optimizer_of(parameters)
     place = {row: number for number, row in enumerate(sorted(np.concatenate(plan).tolist()))}
 
@@ -47,12 +56,27 @@ def steps(
         found = torch.empty(len(place))
         total: list[Tensor] = []
         for rows in plan:
-            found[[place[row] for row in rows.tolist()]] = step(logits, optimizer, rows, prompts).cpu()
+            found[[place[row] for row in rows.tolist()]] = take(rows, optimizer).cpu()
             grads = [parameter.grad.float() for parameter in parameters]
             total = [a.add_(b) for a, b in zip(total, grads, strict=True)] if total else [g.clone() for g in grads]
         return [found, torch.cat([grad.flatten() for grad in total]).cpu()]
 
     return run
+
+
+def graph_steps(
+    graphs: StepGraphs, parameters: Sequence[Tensor], plan: Sequence[np.ndarray], prompts: Prompts
+) -> harness.Impl:
+    """`steps` with forward and backward as captured graphs; the first two calls of a shape are slow."""
+
+    def passes(rows: np.ndarray, optimizer: torch.optim.Optimizer) -> Tensor:
+        graphs.attach()  # other implementations train the same parameters
+        optimizer.zero_grad(set_to_none=False)
+        out = graphs.add_gradient(pack(prompts, rows), 1.0).logits
+        optimizer.step()
+        return out
+
+    return _summed(passes, parameters, plan)
 
 
 def typical(prompts: Prompts, plan: Sequence[np.ndarray], count: int, size: int) -> list[np.ndarray]:

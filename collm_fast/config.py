@@ -241,6 +241,9 @@ class TrainConfig:
     # these prefixes fit (the fixed validation rows, small training sets); each is then run by itself the first time.
     kv_cache_gb: float = 0.0
     kv_cache_on: CacheOn = "device"  # host: in pinned memory beside a GPU
+    # On a GPU in half precision: forward and backward as one captured CUDA graph for each shape of a batch. For
+    # models so small that launching their kernels takes longer than running them; not together with kv_cache_gb.
+    cuda_graphs: bool = False
     trust_remote_code: bool = False
     ablations: tuple[MapperInput, ...] = ()  # further stage 2 runs, each a row `stage2+...` of the table
     collaborative: CFConfig = field(default_factory=CFConfig)
@@ -258,6 +261,7 @@ class TrainConfig:
         _require(self.checkpoint_minutes >= 0, "checkpoint_minutes", "at least 0", self.checkpoint_minutes)
         _require(self.tokens_per_batch >= 1, "tokens_per_batch", "at least 1", self.tokens_per_batch)
         _require(0 <= self.kv_cache_gb < float("inf"), "kv_cache_gb", "at least 0", self.kv_cache_gb)
+        _require(not (self.cuda_graphs and self.kv_cache_gb), "cuda_graphs", "true only without kv_cache_gb", True)
         # A fitted model brings its own held-out fraction; run.py checks that one.
         _require(
             self.cie_rows == "all" or self.collaborative.held_out > 0 or self.cf not in get_args(CFName),

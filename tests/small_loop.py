@@ -20,13 +20,13 @@ from collm_fast.training.stages import set_trainable
 CONFIG = StageConfig(lr=1e-2, batch_size=4, epochs=3, eval_every=4, patience=None, warmup_steps=2)
 
 
-def lora_model(dropout: float = 0.1) -> CoLLM:
-    llm = small_model("llama")
+def lora_model(dropout: float = 0.1, **sizes: int) -> CoLLM:
+    llm = small_model("llama", **sizes)
     add_lora(llm, LoraConfig(r=4, dropout=dropout), torch.Generator().manual_seed(1))
     return CoLLM(llm, yes_id=5, no_id=6)
 
 
-def mapper_model(**changes: Any) -> CoLLM:
+def mapper_model(*, head_dim: int | None = None, **changes: Any) -> CoLLM:
     """Stage 2: a mapper of random weights over random collaborative tables, no LoRA."""
     generator = torch.Generator().manual_seed(2)
     user, item = (torch.randn(rows, 4, generator=generator) for rows in (USERS, ITEMS))
@@ -34,7 +34,8 @@ def mapper_model(**changes: Any) -> CoLLM:
         torch.manual_seed(3)
         mapper = Mapper(4, H, MapperConfig(hidden_factor=2), 0)
     cf = CFModel("mf", CFConfig(), user, item)
-    return CoLLM(small_model("llama"), yes_id=5, no_id=6, cf=cf, mapper=mapper, **changes)
+    sizes = {} if head_dim is None else {"head_dim": head_dim}
+    return CoLLM(small_model("llama", **sizes), yes_id=5, no_id=6, cf=cf, mapper=mapper, **changes)
 
 
 def options(folder, **changes) -> LoopOptions:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from flex_on_cpu import flex_attention  # noqa: F401  (a fixture)
 from small_run import save_llm, write_ratings
 
 from collm_fast.config import PrepareConfig
@@ -234,6 +235,25 @@ def test_shapes_with_random_weights(bench: ModuleType, shape: str, millions: flo
         assert len(adapted.parameters) == 4 * layers and all(p.requires_grad for p in adapted.parameters)
     assert [p.shape for p in ours.lora] == [p.shape for p in peft.lora]
     assert bench.train_rows.Layer.of(model.config).rest > 0
+
+
+@pytest.mark.usefixtures("flex_attention")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_captured_steps_give_what_steps_give(bench: ModuleType, stage: int) -> None:
+    """In turn over the same parameters, as the benchmark runs them."""
+    prompts = bench.train_rows.synthetic(512, 60, 3, short=True).prompts["train", stage]
+    base = bench.train_llm.random_llm("tiny", torch.float32, "cpu")
+    begin = bench.train_llm.start(60, 60, base.config.hidden_size, (5, 6), torch.device("cpu"))
+    model = bench.train_llm.with_our_layers(base, begin, stage)
+    plan = [np.arange(8), np.arange(8, 16)]
+    graphs = bench.StepGraphs(bench.peers.ours(model), model.parameters, lambda run: run)
+    logits = bench.peers.ours_logits(bench.peers.ours(model), prompts)
+    captured = bench.train_steps.graph_steps(graphs, model.parameters, plan, prompts)
+    usual = bench.train_steps.steps(logits, model.parameters, plan, prompts)
+    for _ in range(3):
+        for got, want in zip(captured(), usual(), strict=True):
+            assert (got - want).norm() <= 1e-5 * want.norm()
+    assert graphs.captured >= 1
 
 
 def test_copies_share_their_weights(bench: ModuleType) -> None:

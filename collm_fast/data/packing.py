@@ -17,6 +17,7 @@ from torch import Tensor
 from collm_fast import _native
 from collm_fast.data.prompts import TARGET, TEXT, USER, Prompts
 from collm_fast.data.ragged import I64, Array, offsets_of, spans
+from collm_fast.data.transfer import on_device
 
 Order = Literal["group", "random", "flat"]
 Plan = tuple[I64, I64, NDArray[np.int32], NDArray[np.int32], I64]
@@ -53,7 +54,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return PackedBatch(*(on_device(getattr(self, field.name), device) for field in fields(self)))
 
     def mask(self) -> Tensor:
         """[T, T] bool: whether token t (row) sees token s (column).

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from collm_fast.config import CacheOn, Loss
 from collm_fast.models.attention import register
-from collm_fast.models.decoder import FAMILIES, Decoder, gradient_free, own_forward
+from collm_fast.models.decoder import FAMILIES, Decoder, Past, Rotary, own_forward
+from collm_fast.models.layout import Head, Layout
 from collm_fast.models.lora import lora_layers
 from collm_fast.models.mapper import IdStatistics, Mapper
 from collm_fast.models.prefix_cache import PrefixCache, cached_past
-from collm_fast.models.tree_plan import TreePlan
 from collm_fast.ops.inject import embed_inject, gather_rows
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ class CoLLM(nn.Module):
         self.prefixes = PrefixCache(int(kv_cache_gb * 2**30), kv_cache_on) if kv_cache_gb else None
         self.llm, self.mapper, self.loss = llm, mapper, loss
         self.yes_id, self.no_id = yes_id, no_id
+        # On the device from the start: a list of Python integers would be moved there in every step.
+        self.register_buffer("answer_ids", torch.tensor([yes_id, no_id], device=llm.device), persistent=False)
+        self.answer_ids: Tensor
         self._set_tables(cf, mapper, stats)
         family = llm.config.model_type
         self.packed = family in FAMILIES
@@ -146,54 +149,57 @@ class CoLLM(nn.Module):
         Returns: [B] float32.
         Raises: ValueError for slots without a mapper, ids outside the tables, or a broken layout.
         """
+        if self.packed:
+            return self.compute(self.layout(batch))
         self._check(batch)
-        if not self.packed:
-            return self._padded(batch)
-        plan = TreePlan(batch.tree.cpu().numpy(), batch.branch.cpu().numpy(), per_branch=self.device.type == "cpu")
-        answer, row_index = batch.answer.cpu().numpy(), batch.row_index.cpu().numpy()
-        order = np.argsort(answer)
-        if not np.array_equal(answer[order], plan.ends()):
-            raise ValueError("collm: expected the answer of every row at the end of its branch, got others")
-        moved = batch.to(self.device)
+        return self._padded(batch)
+
+    def layout(self, batch: PackedBatch, *, padded: bool = False) -> Layout:
+        """What `compute` reads of a batch that lies on the CPU; `padded` as in `Layout.of`.
+
+        Raises: ValueError as `forward`.
+        """
+        self._check(batch)
+        free: bool | None = None
+        if self.decoder is not None:
+            graph = torch.is_grad_enabled() and self._mapper_trains() and batch.slot_id.numel() > 0
+            if (graph or self._cache(self.decoder) is not None) and self._llm_is_fixed():
+                free = graph
+        return Layout.of(batch, self.device, free_branches=free, padded=padded)
+
+    def compute(self, layout: Layout) -> Tensor:
+        """The logits of a batch that is laid out, [B] float32; the device is not waited for, and nothing moved to it.
+
+        (But for a prefix cache in host memory, and where the model's own attention or forward does.)
+        """
+        moved, plan, head = layout.batch, layout.plan, layout.head
         mapped = self.mapped_rows(moved)
         if self.decoder is None:
             embeds = embed_inject(moved.token_ids, self.table, mapped, moved.row_index)
             hidden = own_forward(self.llm.base_model, embeds, moved.position_ids, plan)[moved.answer]
             return self._read(self._answer_logits(hidden))
-        graph = torch.is_grad_enabled() and mapped.requires_grad
-        cut, cache = None, self.prefixes if self.decoder.fixed_positions else None
-        if (graph or cache is not None) and self._llm_is_fixed():
-            cut = gradient_free(plan, row_index, branches=graph)
-        if cut is None:
-            embeds = embed_inject(moved.token_ids, self.table, mapped, moved.row_index)
-            hidden = self.decoder.answers(embeds, self.decoder.rotary(moved.position_ids, self.table), plan)
-        else:
-            hidden = self._behind_prefixes(self.decoder, batch, moved, mapped, plan, cut, cache)
-        return self._read(self._answer_logits(hidden[torch.from_numpy(np.argsort(order)).to(self.device)]))
+        cos, sin = self.decoder.rotary(moved.position_ids, self.table)
+        ids, row_index, past = moved.token_ids, moved.row_index, None
+        if head is not None:
+            past = self._past(self.decoder, head, ids, (cos[head.place], sin[head.place]))
+            ids, row_index, cos, sin = (x[head.rest] for x in (ids, row_index, cos, sin))
+        embeds = embed_inject(ids, self.table, mapped, row_index)
+        hidden = self.decoder.answers(embeds, (cos, sin), plan, past)
+        return self._read(self._answer_logits(hidden[layout.order]))
 
-    def _behind_prefixes(
-        self,
-        decoder: Decoder,
-        batch: PackedBatch,
-        moved: PackedBatch,
-        mapped: Tensor,
-        plan: TreePlan,
-        cut: list[list[int]],
-        cache: PrefixCache | None,
-    ) -> Tensor:
-        """`decoder.answers` with the tokens before the cut run without a graph, or found in the cache."""
-        cos, sin = decoder.rotary(moved.position_ids, self.table)
-        places = plan.own_places(cut)
-        head, tail = (torch.from_numpy(place).to(self.device) for place in places)
-        head_plan, tail_plan = plan.split(cut)
-        before, at = gather_rows(self.table, moved.token_ids[head]), (cos[head], sin[head])
+    def _past(self, decoder: Decoder, head: Head, token_ids: Tensor, rotary: Rotary) -> Past:
+        """Keys and values of the tokens before the first injected row, without a graph or out of the cache."""
+        embeds, cache = gather_rows(self.table, token_ids[head.place]), self._cache(decoder)
         if cache is None:
-            past = decoder.past(before, at, head_plan)
-        else:
-            cache.check(self.llm)
-            past = cached_past(cache, decoder, batch.token_ids.cpu().numpy()[places[0]], before, at, head_plan)
-        embeds = embed_inject(moved.token_ids[tail], self.table, mapped, moved.row_index[tail])
-        return decoder.answers(embeds, (cos[tail], sin[tail]), tail_plan, past)
+            return decoder.past(embeds, rotary, head.plan)
+        cache.check(self.llm)
+        return cached_past(cache, decoder, head.token_ids, embeds, rotary, head.plan)
+
+    def _cache(self, decoder: Decoder) -> PrefixCache | None:
+        return self.prefixes if decoder.fixed_positions else None
+
+    def _mapper_trains(self) -> bool:
+        return self.mapper is not None and any(parameter.requires_grad for parameter in self.mapper.parameters())
 
     def _llm_is_fixed(self) -> bool:
         """Whether nothing in the language model trains or is drawn at random: a prefix then has one value, no gradient.
@@ -205,7 +211,7 @@ class CoLLM(nn.Module):
 
     def _answer_logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] -> [B, 2] float32: the two answers' logits, from their two rows of the head alone."""
-        head, ids = self.llm.get_output_embeddings(), [self.yes_id, self.no_id]
+        head, ids = self.llm.get_output_embeddings(), self.answer_ids
         if type(head).forward is not nn.Linear.forward:  # an adapted or quantised head: its weight is not all of it
             logits: Tensor = head(hidden)
             return logits[:, ids].float()

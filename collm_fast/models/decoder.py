@@ -102,7 +102,7 @@ class Decoder:
             if index < last:
                 query = self._queries(attention, normed, rotary)
             else:
-                place = torch.from_numpy(plan.ends()).to(x.device)
+                place = plan.ends_on(x.device)
                 at = rotary[0][place], rotary[1][place]
                 # A dropout mask belongs to the packed position, so that it is drawn for all of them.
                 if isinstance(attention.q_proj, LoraLinear) and attention.q_proj.draws:

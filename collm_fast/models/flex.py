@@ -1,8 +1,8 @@
 """One FlexAttention call a layer for all trees of a plan: for GPUs, where a call for each tree waits for its launch.
 
 Which kernel serves where is `attention.kernel_of`; pieces and the cache of masks are `tree_plan.TreePlan`'s. What has
-run: the mask and the forward on a CPU, uncompiled and compiled (once for each length). On a GPU, and backward, it has
-not run yet, and nothing of its speed is known. Floor F2.
+run: the mask and the forward on a CPU, uncompiled and compiled (once for each pair of lengths). On a GPU, and backward,
+it has not run yet, and nothing of its speed is known. Floor F2.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collm_fast.data.transfer import on_device
+
 # What torch's kernels can do with a head.
 _LEAST_WIDTH = 16
 _BLOCK = 128
-# Lengths are powers of two, and a run has few of them: with and without a graph, and with what a model has of windows.
-_COMPILATIONS = 64
+# A run has few pairs of lengths: with and without a graph, and with what a model has of windows.
+_COMPILATIONS = 128
 
 
 class Axes(NamedTuple):
@@ -34,6 +36,13 @@ class Axes(NamedTuple):
     query_position: NDArray[np.int32]
     key: NDArray[np.int32]
     key_position: NDArray[np.int32]
+
+
+class Mask(NamedTuple):
+    """A plan's mask as FlexAttention takes it, and all it is read from: another plan's values fit these tensors."""
+
+    block: Any
+    tensors: tuple[Tensor, ...]
 
 
 def serves(query: Tensor) -> bool:
@@ -71,43 +80,47 @@ def axes(trees: Sequence[Sequence[tuple[int, int, int]]]) -> Axes:
     return Axes(query, prefix[query], positions(start + past + own - asked, asked), key, key_position)
 
 
-def padded_length(queries: int, keys: int) -> int:
-    """The power of two of at least a block that holds all queries, and a key more than there are."""
-    return max(_BLOCK, 1 << (max(queries, keys + 1) - 1).bit_length())
+def padded_length(count: int) -> int:
+    """The least of 128, 256, 384, 512, 768, 1024, ... (a power of two, or one and a half of it) that holds `count`."""
+    power = max(_BLOCK, 1 << max(count - 1, 0).bit_length())
+    less = power // 4 * 3
+    return less if count <= less and less % _BLOCK == 0 else power
 
 
-def visible(places: Axes, length: int, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-    """FlexAttention's mask_mod over `length` queries and keys.
+def visible(places: Axes, window: int | None, device: torch.device) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """FlexAttention's mask_mod over padded queries and keys, and the tensors that it reads.
 
     A query sees the keys of its own piece and of its tree's prefix, up to its position and `window` back. One past the
-    last query sees the last key alone, which no other sees: a row without any key would have no softmax.
+    last query sees the first key alone: a row without any key would have no softmax. No query sees a key past the last.
     """
+    lengths = padded_length(len(places.query)), padded_length(len(places.key))
 
-    def spread(values: NDArray[np.int32], rest: int) -> Tensor:
+    def spread(values: NDArray[np.int32], length: int, rest: int) -> Tensor:
         out = np.full(length, rest, np.int32)
         out[: len(values)] = values
-        return torch.from_numpy(out).to(device, non_blocking=True)
+        return on_device(torch.from_numpy(out), device)
 
-    query, prefix = spread(places.query, -1), spread(places.prefix, -1)
-    key, place = spread(places.key, -1), spread(places.query_position, 0)
-    behind = spread(places.key_position, 1)
-    behind[-1] = 0
-    reach = length + 1 if window is None else window
+    first, start = int(places.key[0]), int(places.key_position[0])
+    query, prefix = (spread(values, lengths[0], first) for values in (places.query, places.prefix))
+    place = spread(places.query_position, lengths[0], start)
+    key, behind = spread(places.key, lengths[1], -1), spread(places.key_position, lengths[1], 0)
+    reach = sum(lengths) if window is None else window
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         mine = (key[k] == query[q]) | (key[k] == prefix[q])
         return mine & (behind[k] <= place[q]) & (behind[k] > place[q] - reach)
 
-    return mask_mod
+    return mask_mod, (query, prefix, place, key, behind)
 
 
-def block_mask(places: Axes, window: int | None, device: torch.device) -> Any:
-    """FlexAttention's mask of a plan. To build it takes a few passes over [length, length] flags on the device."""
+def block_mask(places: Axes, window: int | None, device: torch.device) -> Mask:
+    """FlexAttention's mask of a plan. To build it takes a few passes over [queries, keys] flags on the device."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    length = padded_length(len(places.query), len(places.key))
-    mask_mod = visible(places, length, window, device)
-    return create_block_mask(mask_mod, None, None, length, length, device=device, BLOCK_SIZE=_BLOCK)
+    mask_mod, read = visible(places, window, device)
+    lengths = len(read[0]), len(read[3])
+    block = create_block_mask(mask_mod, None, None, *lengths, device=device, BLOCK_SIZE=_BLOCK)
+    return Mask(block, (*read, *(part for part in block.as_tuple() if isinstance(part, Tensor))))
 
 
 @functools.cache
@@ -127,7 +140,7 @@ def flex_tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Any,
+    mask: Mask,
     *,
     scale: float,
     past: tuple[Tensor, Tensor] | None = None,
@@ -139,7 +152,11 @@ def flex_tree_attention(
     """
     if past is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True))
-    length = padded_length(query.shape[2], key.shape[2])
-    q, k, v = (F.pad(x, (0, 0, 0, length - x.shape[2])) for x in (query, key, value))
-    out = (call or _compiled())(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
+
+    def padded(x: Tensor) -> Tensor:
+        rest = padded_length(x.shape[2]) - x.shape[2]
+        return F.pad(x, (0, 0, 0, rest)) if rest else x
+
+    q, k, v = map(padded, (query, key, value))
+    out = (call or _compiled())(q, k, v, block_mask=mask.block, scale=scale, enable_gqa=True)
     return out[:, :, : query.shape[2]]

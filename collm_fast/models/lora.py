@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from collm_fast.config import LoraConfig
+from collm_fast.data.transfer import on_device
 from collm_fast.ops.lora import lora_linear
 
 _WORD64 = 0xFFFFFFFFFFFFFFFF
@@ -153,11 +154,14 @@ def set_step_seed(model: nn.Module, step_seed: int) -> None:
     """Gives every LoRA layer the dropout seed of one training step.
 
     A seed depends only on step_seed and the layer's place in the model, and differs between layers. The buffers are
-    filled in place: a compiled or captured step sees the new masks without being compiled again.
+    filled in place, all by one copy: a compiled or captured step sees the new masks without being compiled again.
     """
-    for place, (_, layer) in enumerate(lora_layers(model)):
-        word = _splitmix64((step_seed + (place + 1) * 0x9E3779B97F4A7C15) & _WORD64)
-        layer.seed.fill_(word - 2**64 if word >= 2**63 else word)
+    seeds = [layer.seed for _, layer in lora_layers(model)]
+    if not seeds:
+        return
+    words = [_splitmix64((step_seed + (place + 1) * 0x9E3779B97F4A7C15) & _WORD64) for place in range(len(seeds))]
+    signed = torch.tensor([word - 2**64 if word >= 2**63 else word for word in words])
+    torch._foreach_copy_(seeds, on_device(signed, seeds[0].device).split(1))
 
 
 def set_dropout(model: nn.Module, on: bool) -> None:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collm_fast.data.transfer import on_device
 from collm_fast.models import flex
 
 # What computes an attention call: `attention.kernel_of` has the rule.
@@ -76,18 +77,28 @@ class TreePlan:
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._calls: dict[int, tuple[list[int], list[int], list[int], list[Call]]] = {}
         self._tables: tuple[Tensor, Tensor] | None = None
-        self._block_masks: dict[tuple[int | None, torch.device], Any] = {}
+        self._block_masks: dict[tuple[int | None, torch.device], flex.Mask] = {}
+        self._answers: TreePlan | None = None
+        self._ends: Tensor | None = None
         self.kernel: Kernel | None = None
 
     def _with(self, trees: list[list[Piece]]) -> TreePlan:
         """Other pieces, the same masks."""
         other = copy.copy(self)
         other.trees, other._calls, other._tables, other._block_masks, other.kernel = trees, {}, None, {}, None
+        other._answers = other._ends = None
         return other
 
     def answers(self) -> TreePlan:
-        """The same keys, but only the last token of every branch has a query."""
-        return self._with([[p._replace(asked=int(i > 0)) for i, p in enumerate(tree)] for tree in self.trees])
+        """The same keys, but only the last token of every branch has a query; the same plan in every call."""
+        if self._answers is None:
+            asked = [[p._replace(asked=int(i > 0)) for i, p in enumerate(tree)] for tree in self.trees]
+            self._answers = self._with(asked)
+        return self._answers
+
+    def with_filler(self, tokens: int) -> TreePlan:
+        """This plan and behind it a tree of a prefix alone, so many tokens that nobody reads."""
+        return self._with([*self.trees, [Piece(0, tokens, tokens)]])
 
     def split(self, cut: list[list[int]]) -> tuple[TreePlan, TreePlan]:
         """(head, tail): the first cut[t][j] tokens of piece j of tree t, and the rest, to which these are past.
@@ -110,6 +121,12 @@ class TreePlan:
         places: NDArray[np.int64] = ends[is_branch] - 1
         return places
 
+    def ends_on(self, device: torch.device) -> Tensor:
+        """`ends` on the device, moved once."""
+        if self._ends is None:
+            self._ends = on_device(torch.from_numpy(self.ends()), device)
+        return self._ends
+
     def own_places(self, cut: list[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The places of the tokens of `split`'s head and tail among the plan's own tokens."""
         own = [piece.own for tree in self.trees for piece in tree]
@@ -125,7 +142,7 @@ class TreePlan:
             self._tables = pieces, torch.tensor([len(tree) for tree in self.trees])
         return self._tables
 
-    def block_mask(self, window: int | None, device: torch.device) -> Any:
+    def block_mask(self, window: int | None, device: torch.device) -> flex.Mask:
         """FlexAttention's mask, the same for every layer with this window."""
         if (window, device) not in self._block_masks:
             self._block_masks[window, device] = flex.block_mask(flex.axes(self.trees), window, device)
@@ -201,4 +218,4 @@ def _additive(visible: Tensor, like: Tensor) -> Tensor:
     # float32 for the products, the inputs' own dtype for torch's kernel.
     dtype = torch.float32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else like.dtype
     mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
-    return mask.to(like.device, non_blocking=True)
+    return on_device(mask, like.device)

@@ -24,13 +24,15 @@ from tqdm import tqdm
 from collm_fast.config import StageConfig
 from collm_fast.data.packing import Order, PackedBatch, batches, pack
 from collm_fast.data.prompts import Prompts
+from collm_fast.data.transfer import on_device
 from collm_fast.evaluate import score_prompts
 from collm_fast.io import checkpoints
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.lora import set_step_seed
-from collm_fast.ops import check_device_errors
+from collm_fast.training.graphs import StepGraphs
 from collm_fast.training.interrupt import Interrupted, Stop
 from collm_fast.training.state import History, StageState
+from collm_fast.training.updates import Updates
 from collm_fast.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class LoopOptions:
     pairs: bool = False
     share_prefix: bool = True  # in training; evaluation always shares
     tokens_per_batch: int = 8192  # of one forward, in training and evaluation
+    cuda_graphs: bool = False
     sample: NDArray[np.int64] | None = None  # positions of the validation rows that an evaluation scores; None: all
     checkpoint_minutes: float = 5.0
     resume: bool = False
@@ -116,6 +119,7 @@ def train_stage(
         ValueError for validation rows, or a sample, of one class.
         FloatingPointError for a loss or gradient that is not finite, naming the step and the rows; the parameters are
             not updated.
+        ValueError with `cuda_graphs` for a model that cannot be captured.
         Interrupted after a signal, once the state is saved.
     """
 
@@ -130,7 +134,9 @@ def train_stage(
         )
 
     validation = Validation(options.name, valid, options.sample, options.seed, score)
-    loop = StageState(parameters, config, validation.candidates)
+    late = options.device.type == "cuda"
+    loop = StageState(parameters, config, validation.candidates, fused=late)
+    graphs = StepGraphs(model, parameters.values()) if options.cuda_graphs else None
     found = checkpoints.latest(options.folder) if options.resume else None
     if found is not None:
         loop.restore(found)
@@ -138,10 +144,18 @@ def train_stage(
     bar = tqdm(total=total, initial=loop.step, desc=options.name, unit="step", disable=not options.progress)
     saved, training_seconds, prompts, shown = time.monotonic(), 0.0, 0, ""
     order, epoch = _epoch(train, config, options, loop.epoch), loop.epoch
+    updates = Updates(options.name, loop, config.clip_norm, late=late)
+
+    def tell(*, all_of_them: bool) -> None:
+        for step, loss in updates.read(all_of_them=all_of_them):
+            loop.history.loss.append(loss)
+            _event(options, "train/loss", loss, step + 1)
+
     with stop.held(), bar:
         while True:
             due = loop.step % config.eval_every == 0 or loop.step == total
             if due and loop.evaluated != loop.step:
+                tell(all_of_them=True)
                 try:
                     auc, interval = validation.evaluate(model, loop)
                 except Interrupted:
@@ -160,6 +174,7 @@ def train_stage(
             if loop.step == total or stale:
                 break
             if stop.requested:
+                tell(all_of_them=True)
                 _save(loop, options)
                 stop.check()
 
@@ -170,28 +185,21 @@ def train_stage(
             rate = learning_rate(config, loop.step, total)
             for group in loop.optimizer.param_groups:
                 group["lr"] = rate
-            loop.optimizer.zero_grad(set_to_none=True)
-            loss = add_gradient(model, train, rows, options, loop.step)
-            limit = math.inf if config.clip_norm is None else config.clip_norm
-            norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit)
-            # The one place of a step that waits for the device: nothing is updated by what is not finite.
-            value, size = torch.stack((loss, norm.double())).tolist()
-            check_device_errors()
-            for what, number in (("loss", value), ("gradient", size)):
-                if not math.isfinite(number):
-                    raise _not_finite(options.name, what, number, loop.step, rows)
-            loop.optimizer.step()
-
-            loop.advance(value, len(order))
+            # A captured graph adds to memory that it knows: there, gradients are zeros and never None.
+            loop.optimizer.zero_grad(set_to_none=graphs is None)
+            updates.take(add_gradient(model, train, rows, options, loop.step, graphs), rows)
+            loop.advance(len(order))
+            tell(all_of_them=False)
             prompts += rows.size
             training_seconds += time.monotonic() - started
             speed = prompts / training_seconds
-            bar.set_postfix_str(f"loss {value:.3f}, {speed:.1f} prompts/s{shown}", refresh=False)
+            told = f"loss {loop.history.loss[-1]:.3f}, " if loop.history.loss else ""
+            bar.set_postfix_str(f"{told}{speed:.1f} prompts/s{shown}", refresh=False)
             bar.update()
-            _event(options, "train/loss", value, loop.step)
             _event(options, "train/lr", rate, loop.step)
             _event(options, "train/prompts_per_second", speed, loop.step)
             if time.monotonic() - saved > 60.0 * options.checkpoint_minutes:
+                tell(all_of_them=True)
                 _save(loop, options)
                 saved = time.monotonic()
         best = validation.choose(model, loop, lambda: _save(loop, options))
@@ -202,7 +210,14 @@ def train_stage(
     return LoopResult(loop.step, best.step, auc, logits.numpy(), loop.history, resumed_from, prompts, record)
 
 
-def add_gradient(model: CoLLM, train: Prompts, rows: NDArray[np.int64], options: LoopOptions, step: int) -> Tensor:
+def add_gradient(
+    model: CoLLM,
+    train: Prompts,
+    rows: NDArray[np.int64],
+    options: LoopOptions,
+    step: int,
+    graphs: StepGraphs | None = None,
+) -> Tensor:
     """Add the gradient of the mean loss of `rows` to the parameters' own; returns that loss, [] float64, on the device.
 
         loss = sum_m (rows of m / all rows) mean_m,   m: the batch's parts of at most `tokens_per_batch` packed tokens
@@ -214,8 +229,12 @@ def add_gradient(model: CoLLM, train: Prompts, rows: NDArray[np.int64], options:
     for part, batch in enumerate(micro_batches(train, rows, options)):
         purpose = ("dropout", step, part) if part else ("dropout", step)
         set_step_seed(model, derived_seed(options.seed, options.name, *purpose))
-        mean = binary_cross_entropy_with_logits(model(batch), batch.label.to(options.device))
-        loss = mean * (len(batch) / rows.size)
+        weight = len(batch) / rows.size
+        if graphs is not None:
+            total += graphs.add_gradient(batch, weight).loss
+            continue
+        mean = binary_cross_entropy_with_logits(model(batch), on_device(batch.label, options.device))
+        loss = mean * weight
         loss.backward()
         total += loss.detach()
     return total
@@ -233,14 +252,6 @@ def micro_batches(train: Prompts, rows: NDArray[np.int64], options: LoopOptions)
     order: Order = "group" if options.share_prefix else "flat"
     parts = batches(train, order=order, max_tokens=options.tokens_per_batch, rows=rows)
     return [pack(train, part, **kind) for part in parts]
-
-
-def _not_finite(stage: str, what: str, value: float, step: int, rows: np.ndarray) -> FloatingPointError:
-    shown = f"{', '.join(map(str, rows[:16].tolist()))}{', ...' if rows.size > 16 else ''}"
-    return FloatingPointError(
-        f"{stage}: expected a finite {what}, got {value} at step {step}, rows {shown} of the training sample; "
-        "a lower learning rate, --dtype float32 or a clip_norm may help"
-    )
 
 
 def _epoch(train: Prompts, config: StageConfig, options: LoopOptions, epoch: int) -> list[np.ndarray]:

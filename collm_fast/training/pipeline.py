@@ -238,6 +238,7 @@ def _stage(work: Work, row: str, mapper_config: MapperConfig | None) -> None:
         pairs="+pair" in row,
         share_prefix=config.lora.dropout_per == "position" or not may_draw(base.llm),
         tokens_per_batch=config.tokens_per_batch,
+        cuda_graphs=config.cuda_graphs,
         sample=sample,
         checkpoint_minutes=config.checkpoint_minutes,
         resume=work.resume,

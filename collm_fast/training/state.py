@@ -44,23 +44,31 @@ class Candidate:
 class StageState:
     """Parameters, optimizer, place in the sample, the best states so far and curves; `restore` undoes `snapshot`.
 
-    `kept` holds at most `candidates` states, best first.
+    `kept` holds at most `candidates` states, best first. `fused` is AdamW's own: all parameters in one kernel.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], config: StageConfig, candidates: int = 1) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        config: StageConfig,
+        candidates: int = 1,
+        *,
+        fused: bool = False,
+    ) -> None:
         self.parameters = parameters
         matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
         vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+        trained = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, fused=fused or None)
+        self.fused = fused
         self.step = self.epoch = self.position = self.waited = 0
         self.evaluated = -1
         self.limit = candidates
         self.kept: list[Candidate] = []
         self.history = History()
 
-    def advance(self, loss: float, batches_in_epoch: int) -> None:
-        self.history.loss.append(loss)
+    def advance(self, batches_in_epoch: int) -> None:
         self.step += 1
         self.position += 1
         if self.position == batches_in_epoch:
@@ -135,8 +143,9 @@ class StageState:
                     if key.startswith("optimizer.") and key.split(".", 2)[2] == name
                 }
                 if state_of:
-                    # AdamW keeps its step count on the CPU and its moments beside the parameter.
-                    moved = {k: v if k == "step" else v.to(parameter.device) for k, v in state_of.items()}
+                    # AdamW keeps its moments beside the parameter, and its step count on the CPU where it is not fused.
+                    stays = () if self.fused else ("step",)
+                    moved = {k: v if k in stays else v.to(parameter.device) for k, v in state_of.items()}
                     self.optimizer.state[parameter] = moved
         self.step, self.epoch, self.position = checkpoint.step, state["epoch"], state["position"]
         self.evaluated, self.waited = state["evaluated"], state["waited"]

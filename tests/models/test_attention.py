@@ -70,6 +70,49 @@ def test_bfloat16_is_as_exact_as_torch(
         assert got.shape == truth.shape and (got - truth).norm() <= 2 * (theirs - truth).norm()
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("longest", [0, 9, 512])
+@pytest.mark.parametrize("per_branch", [True, False])
+def test_float32_with_a_gradient_is_as_exact_as_torch(
+    per_branch: bool, longest: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By products up to so many keys, by torch's kernel above; without a gradient by the latter alone."""
+    monkeypatch.setattr(attention, "_LONGEST", longest)
+    monkeypatch.setattr(attention, "_WHOLE", 12)
+    by_products: list[int] = []
+    apply = attention._Products.apply
+    monkeypatch.setattr(
+        attention._Products, "apply", lambda q, k, *rest: by_products.append(k.shape[2]) or apply(q, k, *rest)
+    )
+    tree, branch, position = random_layout(np.random.default_rng(7), trees=3)
+    generator = torch.Generator().manual_seed(7)
+    single = [torch.randn(1, h, len(tree), 16, generator=generator) for h in (4, 2, 2)]
+    grad = torch.randn(1, 4, len(tree), 16, generator=generator)
+    mask = dense_mask(tree, branch, position, window)
+    plan = TreePlan(tree.numpy(), branch.numpy(), per_branch=per_branch)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tree_attention(q, k, v, plan, scaling=None, window=window)
+
+    found = []
+    for function, dtype in ((dense, torch.float64), (dense, torch.float32), (ours, torch.float32)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in single]
+        out = function(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    assert plan.kernel == "products" and all(keys <= longest for keys in by_products)
+    assert bool(by_products) is (longest > (0 if per_branch else 9))
+    for truth, theirs, got in zip(*found, strict=True):
+        assert (got - truth).norm() <= 2 * (theirs - truth).norm()
+    by_products.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*single), found[0][0].float(), rtol=0, atol=1e-6)
+    assert plan.kernel == "fused" and not by_products
+
+
 @pytest.mark.parametrize(
     ("tree", "branch", "message"),
     [

@@ -49,10 +49,10 @@ def test_packed_logits_and_gradients_are_those_of_each_prompt_alone(family: str,
 def test_windows_biases_and_ties(
     family: str, options: dict[str, Any], per_branch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from collm_fast.models import collm
+    from collm_fast.models import layout
 
-    plan = collm.TreePlan
-    monkeypatch.setattr(collm, "TreePlan", lambda tree, branch, **_: plan(tree, branch, per_branch=per_branch))
+    plan = layout.TreePlan
+    monkeypatch.setattr(layout, "TreePlan", lambda tree, branch, **_: plan(tree, branch, per_branch=per_branch))
     prompts, rows, mapper = random_prompts(1), np.arange(5), make_mapper()
     with torch.no_grad():
         expected = all_alone(small_model(family, **options), prompts, rows, mapper)

@@ -132,9 +132,9 @@ def test_edges(name: str) -> None:
 
 @pytest.mark.parametrize("per_branch", [True, False])
 def test_one_call_a_tree_as_on_a_gpu(per_branch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from collm_fast.models import collm, decoder
+    from collm_fast.models import decoder, layout
 
-    for module in (collm, decoder):
+    for module in (layout, decoder):
         monkeypatch.setattr(module, "TreePlan", lambda tree, branch, **_: TreePlan(tree, branch, per_branch=per_branch))
     for name in ("injected in some branches", "empty and full histories", "one giant group"):
         check_gradients("llama", prompts_of(EDGES[name]), train_lora=False)

@@ -36,12 +36,13 @@ def mask_of(plan: TreePlan, window: int | None) -> Tensor:
     """[Q, P + T] bool that the mask_mod computes, and nothing but one key for what stands behind the queries."""
     places = flex.axes(plan.trees)
     queries, keys = len(places.query), len(places.key)
-    length = flex.padded_length(queries, keys)
-    mask_mod = flex.visible(places, length, window, CPU)
-    axis, none = torch.arange(length), torch.zeros((), dtype=torch.int64)
-    found = mask_mod(none, none, axis[:, None], axis[None, :])
-    assert torch.equal(found[queries:].nonzero()[:, 1], torch.full((length - queries,), length - 1))
-    assert not found[:queries, keys:].any()
+    mask_mod, read = flex.visible(places, window, CPU)
+    rows, columns = (torch.arange(flex.padded_length(count)) for count in (queries, keys))
+    assert [len(x) for x in read] == [len(rows)] * 3 + [len(columns)] * 2
+    none = torch.zeros((), dtype=torch.int64)
+    found = mask_mod(none, none, rows[:, None], columns[None, :])
+    assert torch.equal(found[queries:].nonzero()[:, 1], torch.zeros(len(rows) - queries, dtype=torch.int64))
+    assert not found[:, keys:].any()
     return found[:queries, :keys]
 
 
@@ -56,9 +57,10 @@ def test_the_mask_is_that_of_the_paths(seed: int, window: int | None) -> None:
 
 
 def test_lengths_are_few() -> None:
-    found = {flex.padded_length(n // 3, n) for n in range(1, 5000)}
-    assert found == {128, 256, 512, 1024, 2048, 4096, 8192}
-    assert flex.padded_length(300, 10) == 512 and flex.padded_length(128, 127) == 128
+    found = {flex.padded_length(count) for count in range(5000)}
+    assert found == {128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144}
+    assert all(flex.padded_length(length) == length for length in found)
+    assert flex.padded_length(0) == 128 and flex.padded_length(257) == 384 and flex.padded_length(1537) == 2048
 
 
 @pytest.fixture

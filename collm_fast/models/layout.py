@@ -1,0 +1,119 @@
+"""What one forward of a packed batch reads, made before it starts: its trees, and everything else on the device.
+
+`CoLLM.layout` makes it, `CoLLM.compute` reads it, and between the two nothing is moved to a device or waited for. The
+tensors of a padded layout fit into those of another one of its shape, which is what a CUDA graph needs
+(training/graphs.py). Floor F2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collm_fast.data.packing import PackedBatch
+from collm_fast.data.transfer import on_device
+from collm_fast.models.decoder import gradient_free
+from collm_fast.models.flex import padded_length
+from collm_fast.models.tree_plan import TreePlan
+
+_USER = 1
+
+
+@dataclass(frozen=True)
+class Head:
+    """Tokens before the first injected row: they run first, without a graph, and the others see their keys."""
+
+    plan: TreePlan
+    place: Tensor  # [P] int64, where they stand in the batch
+    rest: Tensor  # [Q] int64, where the others stand
+    token_ids: NDArray[np.int64]  # [P]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch on the device, the plan of the tokens whose answers are read, and the place of each row's answer."""
+
+    batch: PackedBatch
+    plan: TreePlan
+    order: Tensor  # [B] int64: the row's branch among the plan's
+    head: Head | None
+
+    @classmethod
+    def of(
+        cls, batch: PackedBatch, device: torch.device, *, free_branches: bool | None = None, padded: bool = False
+    ) -> Layout:
+        """Lay out a batch that lies on the CPU.
+
+        Args:
+            free_branches: None: all tokens run together. Else those before the first injected row are the head, True:
+                in branches too, False: in shared prefixes alone.
+            padded: with further tokens and slots that nobody reads, so that few shapes occur.
+        Raises: ValueError where a row's answer is not the end of its branch, or the trees are broken.
+        """
+        plan = TreePlan(batch.tree.cpu().numpy(), batch.branch.cpu().numpy(), per_branch=device.type == "cpu")
+        branch = np.argsort(batch.answer.cpu().numpy())
+        if not np.array_equal(batch.answer.cpu().numpy()[branch], plan.ends()):
+            raise ValueError("collm: expected the answer of every row at the end of its branch, got others")
+        cut = None
+        if free_branches is not None:
+            cut = gradient_free(plan, batch.row_index.cpu().numpy(), branches=free_branches)
+        if padded:
+            batch, plan, cut = _padded(batch, plan, cut)
+        head = None
+        if cut is not None:
+            places = plan.own_places(cut)
+            first, plan = plan.split(cut)
+            place, rest = (on_device(torch.from_numpy(x), device) for x in places)
+            head = Head(first, place, rest, batch.token_ids.cpu().numpy()[places[0]])
+        order = on_device(torch.from_numpy(np.argsort(branch)), device)
+        return cls(batch.to(device), plan, order, head)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(tokens, those of the head, rows, slots): what the shapes of all `tensors` follow from."""
+        first = 0 if self.head is None else len(self.head.place)
+        return len(self.batch.token_ids), first, len(self.batch), len(self.batch.slot_id)
+
+    def tensors(self, windows: Iterable[int | None]) -> list[Tensor]:
+        """All that `CoLLM.compute` reads of it where FlexAttention serves, in one order for all layouts of a shape."""
+        moved, device = self.batch, self.order.device
+        found = [moved.token_ids, moved.position_ids, moved.row_index, moved.label]
+        found += [moved.slot_role, moved.slot_id, moved.slot_pair, self.order, self.plan.ends_on(device)]
+        plans = [self.plan, self.plan.answers()]
+        if self.head is not None:
+            found += [self.head.place, self.head.rest]
+            plans.append(self.head.plan)
+        for plan in plans:
+            for window in windows:
+                found += plan.block_mask(window, device).tensors
+        return found
+
+
+def _padded(
+    batch: PackedBatch, plan: TreePlan, cut: list[list[int]] | None
+) -> tuple[PackedBatch, TreePlan, list[list[int]] | None]:
+    """Behind all trees one more without a branch, and slots that no token names; head and rest are padded each."""
+    total, first = len(batch.token_ids), 0 if cut is None else sum(map(sum, cut))
+    before = padded_length(first) - first if first else 0
+    tokens = before + padded_length(total - first) - (total - first)
+    slots = padded_length(len(batch.slot_id)) - len(batch.slot_id) if len(batch.slot_id) else 0
+    filled = replace(
+        batch,
+        token_ids=F.pad(batch.token_ids, (0, tokens)),
+        position_ids=torch.cat((batch.position_ids, torch.arange(tokens))),
+        row_index=F.pad(batch.row_index, (0, tokens), value=-1),
+        tree=F.pad(batch.tree, (0, tokens), value=len(plan.trees)),
+        branch=F.pad(batch.branch, (0, tokens), value=-1),
+        slot_role=F.pad(batch.slot_role, (0, slots), value=_USER),
+        slot_id=F.pad(batch.slot_id, (0, slots)),
+        slot_pair=F.pad(batch.slot_pair, (0, 0, 0, slots)),
+    )
+    if tokens == 0:
+        return filled, plan, cut
+    return filled, plan.with_filler(tokens), None if cut is None else [*cut, [before]]
