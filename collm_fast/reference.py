@@ -156,9 +156,12 @@ def lora_linear_group(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """w x (mean x^2 + eps)^-1/2 over the last axis; x times its factor is rounded before the weight, as in Llama."""
+    """w x (mean x^2 + eps)^-1/2 over the last axis, in the dtype of w.
+
+    x times its factor is rounded to the dtype of x before the weight, as in Llama.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)).to(weight.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

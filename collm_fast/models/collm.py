@@ -213,7 +213,7 @@ class CoLLM(nn.Module):
         """hidden [B, H] -> [B, 2] float32: the two answers' logits, from their two rows of the head alone."""
         head, ids = self.llm.get_output_embeddings(), self.answer_ids
         if type(head).forward is not nn.Linear.forward:  # an adapted or quantised head: its weight is not all of it
-            logits: Tensor = head(hidden)
+            logits: Tensor = head(hidden.to(self.table.dtype))
             return logits[:, ids].float()
         bias = None if head.bias is None else head.bias[ids].float()
         return nn.functional.linear(hidden.float(), head.weight[ids].float(), bias)

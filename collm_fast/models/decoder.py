@@ -38,6 +38,11 @@ class Decoder:
 
         x = x + o_proj(attention(q, k, v)),  q, k, v of norm(x);   x = x + mlp(norm(x))
 
+    x is float32 where the model is in half precision: what every layer adds is rounded, their sum is not. Rounded after
+    every layer, as models do by themselves, it drowned the gradient that stage 2 trains on: SmolLM2 in bfloat16 after
+    the demo's stage 1, batches of 16, was off by 1.1 to 2.3 times the mapper's gradient of float32 (the same weights;
+    the model's own forward, or ours with any attention), and with x in float32 by .5 to .9 times.
+
     Args: llm: a model of `FAMILIES`; `Decoder.of` asks first whether it is one.
     Dropout of LoRA layers is drawn by the row of each layer's input: the packed position, but for o_proj and the MLP
     of the last layer, whose rows are the answers in packed order.
@@ -77,7 +82,7 @@ class Decoder:
     @torch.no_grad()
     def past(self, x: Tensor, rotary: Rotary, plan: TreePlan) -> Past:
         """Keys and values [1, h, T, d] of every layer, without a graph, for tokens whose output nobody reads."""
-        found = []
+        x, found = _stream(x), []
         for index, layer in enumerate(self.base.layers):
             normed = norm(layer.input_layernorm, x)
             key, value = self._keys(layer.self_attn, normed, rotary)
@@ -89,13 +94,13 @@ class Decoder:
         return found
 
     def answers(self, x: Tensor, rotary: Rotary, plan: TreePlan, past: Past | None = None) -> Tensor:
-        """The model's last hidden states [B, H], after its final norm, at the last token of each branch.
+        """The model's last hidden states [B, H], after its final norm, at the last token of each branch; float32 at least.
 
         Args:
             x: [T, H], the embeddings of the plan's own tokens. rotary: their positions'.
             past: keys and values of the plan's past tokens.
         """
-        last = len(self.base.layers) - 1
+        x, last = _stream(x), len(self.base.layers) - 1
         for index, layer in enumerate(self.base.layers):
             attention, normed = layer.self_attn, norm(layer.input_layernorm, x)
             key, value = self._keys(attention, normed, rotary)
@@ -111,8 +116,7 @@ class Decoder:
                     query = self._queries(attention, normed[place], at)
                 x, plan = x[place], plan.answers()
             x = self._rest(layer, x, self._attend(index, query, key, value, plan, past))
-        out: Tensor = norm(self.base.norm, x)
-        return out
+        return norm(self.base.norm, x, wide=True)
 
     def _queries(self, attention: Any, normed: Tensor, rotary: Rotary) -> Tensor:
         return _heads(attention, attention.q_proj(normed), "q_norm", rotary)
@@ -144,7 +148,7 @@ class Decoder:
         inputs, outputs = self._own_layers(embeds, positions, plan)
         rotary = self.rotary(positions, embeds)
         limit = max(1e-4, 3 * torch.finfo(embeds.dtype).eps)
-        for index, (x, theirs) in enumerate(zip(inputs, outputs[:-1], strict=True)):
+        for index, (x, theirs) in enumerate(zip(map(_stream, inputs), outputs[:-1], strict=True)):
             layer = self.base.layers[index]
             normed = norm(layer.input_layernorm, x)
             key, value = self._keys(layer.self_attn, normed, rotary)
@@ -174,6 +178,11 @@ class Decoder:
             for hook in hooks:
                 hook.remove()
         return inputs, outputs
+
+
+def _stream(x: Tensor) -> Tensor:
+    """The layers' running sum in the dtype it is kept in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def own_forward(base: Any, embeds: Tensor, position_ids: Tensor, plan: TreePlan) -> Tensor:

@@ -16,31 +16,39 @@ from collm_fast.ops import decoder as ops
 
 
 class _FrozenMLP(torch.autograd.Function):
-    """y = x + swiglu(n Wg^T, n Wu^T) Wd^T, n = rms_norm(x); keeps x, the norm's factor and the two inner products."""
+    """y = x + swiglu(n Wg^T, n Wu^T) Wd^T, n = rms_norm(x); keeps x, the norm's factor and the two inner products.
+
+    x and y may be wider than n and the weights; their sum is then rounded to their own dtype alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float) -> Tensor:
         normed, scale = torch.ops.collm_fast.rms_norm(x, weight, eps)
         inner, outer = F.linear(normed, gate), F.linear(normed, up)
         ctx.save_for_backward(x, scale, inner, outer, weight, gate, up, down)
-        return torch.addmm(x, ops.swiglu(inner, outer), down.t())
+        product = ops.swiglu(inner, outer)
+        if x.dtype == down.dtype:
+            return torch.addmm(x, product, down.t())
+        return torch.add(x, F.linear(product, down))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, scale, inner, outer, weight, gate, up, down = ctx.saved_tensors
-        d_inner, d_outer = torch.ops.collm_fast.swiglu_backward(grad @ down, inner, outer)
+        d_inner, d_outer = torch.ops.collm_fast.swiglu_backward(grad.to(down.dtype) @ down, inner, outer)
         normed = (d_inner @ gate).addmm_(d_outer, up)
         dx = torch.ops.collm_fast.rms_norm_backward(normed, x, weight, scale, grad)
         return dx, None, None, None, None, None
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
-    """`module(x)`, by `rms_norm` where the module is such a norm and frozen."""
+def norm(module: Any, x: Tensor, *, wide: bool = False) -> Tensor:
+    """`module(x)` in the dtype of its weight (wide: of x), by `rms_norm` where the module is such a norm and frozen."""
     out: Tensor
     if hasattr(module, "variance_epsilon") and not module.weight.requires_grad:
-        out = ops.rms_norm(x, module.weight, module.variance_epsilon)
+        weight = module.weight.to(x.dtype) if wide else module.weight
+        out = ops.rms_norm(x, weight, module.variance_epsilon)
     else:
-        out = module(x)
+        narrow = next((parameter.dtype for parameter in module.parameters()), x.dtype)
+        out = module(x).to(x.dtype if wide else narrow)
     return out
 
 

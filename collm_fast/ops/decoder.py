@@ -50,7 +50,9 @@ def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:
     require(x.dim() >= 1, op, "x of shape [..., W]", x)
     _check_float(op, "x", x)
     require(weight.shape == x.shape[-1:], op, f"weight of shape [{x.shape[-1]}]", weight)
-    require(weight.dtype == x.dtype, op, "weight of the dtype of x", weight.dtype)
+    narrower = x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
+    rule = "weight of the dtype of x, or in half precision for x in float32"
+    require(weight.dtype == x.dtype or narrower, op, rule, f"{dtype_name(weight.dtype)} and {dtype_name(x.dtype)}")
 
 
 def _sum_type(x: Tensor) -> torch.dtype:
@@ -60,7 +62,8 @@ def _sum_type(x: Tensor) -> torch.dtype:
 def _check_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None) -> None:
     op = "rms_norm_backward"
     _check_norm(op, x, weight)
-    _check_like(op, "grad", grad, "x", x)
+    _check_shape(op, "grad", grad, "x", x)
+    require(grad.dtype == weight.dtype, op, "grad of the dtype of weight", grad.dtype)
     if residual is not None:
         _check_like(op, "residual", residual, "x", x)
     good = scale.shape == x.shape[:-1] and scale.dtype == _sum_type(x)
@@ -192,13 +195,13 @@ def _fake(name: str) -> Any:
 @_fake("rms_norm")
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check_norm("rms_norm", x, weight)
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_sum_type(x))
+    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(x.shape[:-1], dtype=_sum_type(x))
 
 
 @_fake("rms_norm_backward")
 def _rms_norm_backward_fake(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None) -> Tensor:
     _check_norm_backward(grad, x, weight, scale, residual)
-    return grad.new_empty(x.shape)
+    return x.new_empty(x.shape)
 
 
 @_fake("swiglu")
@@ -286,8 +289,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
         y = w x r,  r = (mean x^2 + eps)^-1/2
 
-    Args: x: [..., W] float32, bfloat16, float16 or float64; weight: [W] of its dtype, frozen.
-    Returns: [..., W]; sums in float32 (float64 in float64), x r is rounded before the weight, as Llama's own norm does.
+    Args:
+        x: [..., W] float32, bfloat16, float16 or float64.
+        weight: [W], frozen, of the dtype of x; or in half precision for x in float32.
+    Returns: [..., W] in the dtype of weight; sums in float32 (float64 in float64). x r is rounded to the dtype of x
+        before the weight, as Llama's own norm does. The gradient has the dtype of x.
     Raises: ValueError for other shapes and dtypes, or a weight that requires a gradient.
     Source: Zhang and Sennrich, Root mean square layer normalization (NeurIPS 2019), equation 4.
     """

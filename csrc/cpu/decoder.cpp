@@ -31,10 +31,14 @@ using torch::headeronly::Half;
 constexpr int kLanes = 32;
 constexpr int64_t kElementsPerTask = 1 << 14;  // less is not worth waking a thread for
 
+template <typename X, typename T, typename A>
+struct NormLoops {
+  A (*forward)(const X*, const T*, T*, int64_t, A);
+  void (*backward)(const T*, const X*, const T*, A, const X*, X*, int64_t);
+};
+
 template <typename T, typename A>
 struct Loops {
-  A (*norm)(const T*, const T*, T*, int64_t, A);
-  void (*norm_backward)(const T*, const T*, const T*, A, const T*, T*, int64_t);
   void (*swiglu)(const T*, const T*, T*, int64_t);
   void (*swiglu_backward)(const T*, const T*, const T*, T*, T*, int64_t);
   void (*rotate)(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t);
@@ -70,6 +74,19 @@ void dispatch(ScalarType type, const F& f) {
     default:
       return f(double{}, double{});
   }
+}
+
+// The same of a norm's x and weight: f(x, weight, sum). A float32 x may have a weight, and a result, of less.
+template <typename F>
+void dispatch_norm(const Tensor& x, const Tensor& weight, const F& f) {
+  dispatch(weight.scalar_type(), [&](auto element, auto sum) {
+    if constexpr (sizeof(element) == 2) {
+      if (x.scalar_type() == ScalarType::Float) {
+        return f(float{}, element, sum);
+      }
+    }
+    f(element, element, sum);
+  });
 }
 
 // f(first, last) over blocks of rows of `width` elements.
@@ -119,20 +136,27 @@ void check_norm(const char* op, const Tensor& x, const Tensor& weight) {
   check_float(op, "x", x);
   COLLM_CHECK(weight.dim() == 1 && weight.size(0) == x.size(-1), op, "weight of shape [", x.size(-1), "], got ",
               shape(weight));
-  COLLM_CHECK(weight.scalar_type() == x.scalar_type(), op, "weight of the dtype of x, got ", dtype(weight));
+  const ScalarType type = weight.scalar_type();
+  const bool narrower =
+      x.scalar_type() == ScalarType::Float && (type == ScalarType::BFloat16 || type == ScalarType::Half);
+  COLLM_CHECK(type == x.scalar_type() || narrower, op,
+              "weight of the dtype of x, or in half precision for x in float32, got ", dtype(weight), " and ",
+              dtype(x));
 }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   check_norm("rms_norm", x, weight);
   const int64_t width = x.size(-1), rows = width == 0 ? 0 : x.numel() / width;
   const Tensor from = dense(x), w = dense(weight);
-  Tensor y = torch::stable::new_empty(from, sizes_of(x, x.dim()));
+  Tensor y = torch::stable::new_empty(w, sizes_of(x, x.dim()));
   Tensor scale = torch::stable::new_empty(from, sizes_of(x, x.dim() - 1), sum_type(x));
-  dispatch(x.scalar_type(), [&](auto element, auto sum) {
-    using T = decltype(element);
+  dispatch_norm(x, weight, [&](auto element, auto narrow, auto sum) {
+    using X = decltype(element);
+    using T = decltype(narrow);
     using A = decltype(sum);
-    const auto row = COLLM_CHOOSE(loops<T, A>).norm;
-    const T *in = from.const_data_ptr<T>(), *factor = w.const_data_ptr<T>();
+    const auto row = COLLM_CHOOSE(norm_loops<X, T, A>).forward;
+    const X* in = from.const_data_ptr<X>();
+    const T* factor = w.const_data_ptr<T>();
     T* out = y.mutable_data_ptr<T>();
     A* kept = scale.mutable_data_ptr<A>();
     for_rows(rows, width, [&](int64_t first, int64_t last) {
@@ -148,7 +172,8 @@ Tensor rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weig
                          std::optional<Tensor> residual) {
   constexpr const char* op = "rms_norm_backward";
   check_norm(op, x, weight);
-  check_like(op, "grad", grad, "x", x);
+  check_shape(op, "grad", grad, "x", x);
+  COLLM_CHECK(grad.scalar_type() == weight.scalar_type(), op, "grad of the dtype of weight, got ", dtype(grad));
   if (residual) {
     check_like(op, "residual", *residual, "x", x);
   }
@@ -157,15 +182,17 @@ Tensor rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weig
               dtype(scale), " of shape ", shape(scale));
   const Tensor from = dense(grad), at = dense(x), w = dense(weight), s = dense(scale);
   const Tensor beside = residual ? dense(*residual) : Tensor();
-  Tensor dx = torch::stable::new_empty(from, sizes_of(x, x.dim()));
-  dispatch(x.scalar_type(), [&](auto element, auto sum) {
-    using T = decltype(element);
+  Tensor dx = torch::stable::new_empty(at, sizes_of(x, x.dim()));
+  dispatch_norm(x, weight, [&](auto element, auto narrow, auto sum) {
+    using X = decltype(element);
+    using T = decltype(narrow);
     using A = decltype(sum);
-    const auto row = COLLM_CHOOSE(loops<T, A>).norm_backward;
-    const T *g = from.const_data_ptr<T>(), *in = at.const_data_ptr<T>(), *factor = w.const_data_ptr<T>();
-    const T* other = residual ? beside.const_data_ptr<T>() : nullptr;
+    const auto row = COLLM_CHOOSE(norm_loops<X, T, A>).backward;
+    const T *g = from.const_data_ptr<T>(), *factor = w.const_data_ptr<T>();
+    const X* in = at.const_data_ptr<X>();
+    const X* other = residual ? beside.const_data_ptr<X>() : nullptr;
     const A* kept = s.const_data_ptr<A>();
-    T* out = dx.mutable_data_ptr<T>();
+    X* out = dx.mutable_data_ptr<X>();
     for_rows(rows, width, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         const int64_t at_row = r * width;

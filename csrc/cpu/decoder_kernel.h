@@ -97,23 +97,23 @@ inline void over_lanes(int64_t n, const F& f) {
 }
 
 // --- y = w x r, r = (mean x^2 + eps)^-1/2 ------------------------------------------------------------------------
-template <typename T, typename A>
-A norm_row(const T* x, const T* weight, T* y, int64_t width, A eps) {
+template <typename X, typename T, typename A>
+A norm_row(const X* x, const T* weight, T* y, int64_t width, A eps) {
   const A square = sum_over<A>(width, [&](int64_t i) {
     const A value = widen(x[i]);
     return value * value;
   });
   const A scale = A(1) / std::sqrt(square / static_cast<A>(width) + eps);
   for (int64_t i = 0; i < width; ++i) {
-    // Rounded before the weight as well, as the models themselves do.
-    narrow(widen(weight[i]) * rounded<T>(widen(x[i]) * scale), y[i]);
+    // Rounded to the dtype of x before the weight as well, as the models themselves do.
+    narrow(widen(weight[i]) * rounded<X>(widen(x[i]) * scale), y[i]);
   }
   return scale;
 }
 
 // dx = r (g w - x r^2 mean(g w x)) + what arrived along the residual connection, if there is one.
-template <typename T, typename A>
-void norm_row_backward(const T* grad, const T* x, const T* weight, A scale, const T* residual, T* dx, int64_t width) {
+template <typename X, typename T, typename A>
+void norm_row_backward(const T* grad, const X* x, const T* weight, A scale, const X* residual, X* dx, int64_t width) {
   const A inner = sum_over<A>(width, [&](int64_t i) { return widen(grad[i]) * widen(weight[i]) * widen(x[i]); });
   const A factor = inner / static_cast<A>(width) * scale * scale;
   if (residual == nullptr) {
@@ -228,10 +228,14 @@ void softmax_row_backward(const G* __restrict grad, const T* __restrict weights,
   over_lanes(n, [&](int64_t i) { narrow(widen(weights[i]) * (widen(grad[i]) - inner) * scale, d_scores[i]); });
 }
 
+template <typename X, typename T, typename A>
+NormLoops<X, T, A> norm_loops() {
+  return {norm_row<X, T, A>, norm_row_backward<X, T, A>};
+}
+
 template <typename T, typename A>
 Loops<T, A> loops() {
-  return {norm_row<T, A>,     norm_row_backward<T, A>,    swiglu_span<T, A>, swiglu_span_backward<T, A>,
-          rotate_token<T, A>, rotate_token_backward<T, A>};
+  return {swiglu_span<T, A>, swiglu_span_backward<T, A>, rotate_token<T, A>, rotate_token_backward<T, A>};
 }
 
 template <typename T, typename O, typename A>

@@ -101,6 +101,27 @@ def test_gradcheck_and_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(ops, name).default, (first, *frozen))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [2, 37, 576])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=requires("cuda"))])
+def test_a_norm_of_float32_in_half_precision(dtype: torch.dtype, size: int, device: str) -> None:
+    """The result and its gradient are rounded once each; what is normed, and its own gradient, not at all."""
+    x, weight, eps = (a.to(device) if isinstance(a, Tensor) else a for a in arguments("rms_norm", size))
+    assert isinstance(x, Tensor) and isinstance(weight, Tensor)
+    x, low = x.float(), weight.to(dtype)
+    y, grad = reference.rms_norm(x, low.float(), eps), rows(5, size, seed=7).to(device, dtype)  # type: ignore[arg-type]
+    got, dx = gradients(lambda *a: call("rms_norm", *a), [x, low, eps], grad)
+    assert got.dtype == dtype and dx[0].dtype == torch.float32
+    assert error(got, y.to(dtype).double()) <= torch.finfo(dtype).eps / 8
+    _, truth = gradients(reference.rms_norm, [x.double(), low.double(), eps], grad.double())
+    assert error(dx[0], truth[0]) <= 1e-6
+    residual = rows(5, size, seed=6).to(device, torch.float32)
+    _, scale = ops.rms_norm(x, low, eps)
+    summed = ops.rms_norm_backward(grad, x, low, scale, residual)
+    torch.testing.assert_close(summed, dx[0] + residual, rtol=1e-6, atol=1e-6)
+    torch.library.opcheck(ops.rms_norm.default, (x.requires_grad_(), low, eps))
+
+
 def test_float32_scores_become_bfloat16_weights() -> None:
     scores, mask, scale = cast(arguments("masked_softmax"), torch.float32)
     assert isinstance(scores, Tensor) and isinstance(mask, Tensor)
@@ -190,7 +211,7 @@ def test_bits_depend_on_neither_instruction_set_nor_threads() -> None:
         (
             "rms_norm",
             (torch.ones(2, 3), torch.ones(3).double(), 1e-5),
-            "expected weight of the dtype of x, got float64",
+            "expected weight of the dtype of x, or in half precision for x in float32, got float64",
         ),
         ("rms_norm", (torch.ones(3).int(), torch.ones(3), 1e-5), "expected x in float32, bfloat16, float16 or float64"),
         ("swiglu", (torch.ones(3), torch.ones(4)), "expected up of the shape of gate [3], got [4]"),
