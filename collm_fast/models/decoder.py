@@ -94,7 +94,7 @@ class Decoder:
         return found
 
     def answers(self, x: Tensor, rotary: Rotary, plan: TreePlan, past: Past | None = None) -> Tensor:
-        """The model's last hidden states [B, H], after its final norm, at the last token of each branch; float32 at least.
+        """The model's last hidden states [B, H], float32 at least: its final norm's, at the last token of each branch.
 
         Args:
             x: [T, H], the embeddings of the plan's own tokens. rotary: their positions'.

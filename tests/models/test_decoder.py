@@ -130,6 +130,26 @@ def test_edges(name: str) -> None:
         check_gradients(family, prompts_of(EDGES[name]), train_lora=train_lora)
 
 
+def test_half_precision_is_nearer_to_float32_than_the_models_own_forward() -> None:
+    """The gradient of the mapper, over deep layers: what every layer adds is rounded, the sum of the layers is not."""
+    prompts = random_prompts(0, groups=12)
+    found = {}
+    for dtype, decoder in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        llm = small_model("llama", num_hidden_layers=24, num_key_value_heads=4).to(torch.bfloat16).to(dtype)
+        llm.get_input_embeddings().weight.data *= 8  # beside what a layer adds their sum is large, as in trained models
+        mapper = make_mapper()
+        model = hybrid(llm, mapper, decoder=decoder)
+        logits = model(pack(prompts, np.arange(len(prompts))))
+        assert logits.dtype == torch.float32
+        weight = torch.linspace(-1, 1, len(logits))
+        grads = torch.autograd.grad((logits * weight).sum(), list(mapper.parameters()))
+        found[dtype, decoder] = logits.detach(), torch.cat([grad.flatten() for grad in grads])
+    truth = found[torch.float32, True]
+    for place in (0, 1):
+        ours, own = ((found[torch.bfloat16, d][place] - truth[place]).norm() for d in (True, False))
+        assert ours < 0.8 * own
+
+
 @pytest.mark.parametrize("per_branch", [True, False])
 def test_one_call_a_tree_as_on_a_gpu(per_branch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from collm_fast.models import decoder, layout
