@@ -8,6 +8,7 @@
 #   tests       all tests whose imports this machine has; those that need CUDA run here
 #   triton      the op tests again, served by Triton on the GPU
 #   sanitizer   a few op tests under compute-sanitizer, where that tool exists
+#   tune        benchmarks/tune_lora.py: rows for kernels/lora_table.py, into its log
 #   bench       every benchmarks/bench_*.py
 #   growth      benchmarks/growth.py: memory and epoch time of the CPU from 1M pairs on
 #   distributed benchmarks/distributed.py on all GPUs, where there are at least two
@@ -24,14 +25,14 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 device=cuda
 quick=()
-all=(native tests triton sanitizer bench growth distributed gowalla)
+all=(native tests triton sanitizer tune bench growth distributed gowalla)
 steps=()
 out=""
 for argument in "$@"; do
   case $argument in
     --rehearse) device=cpu ;;
     --quick) quick=(--quick) ;;
-    native | tests | triton | sanitizer | bench | growth | distributed | gowalla) steps+=("$argument") ;;
+    native | tests | triton | sanitizer | tune | bench | growth | distributed | gowalla) steps+=("$argument") ;;
     -*) echo "gpu_suite: expected OUT [--rehearse] [--quick] [STEP...], got $argument" >&2; exit 2 ;;
     *)
       if [[ -n $out ]]; then
@@ -169,6 +170,14 @@ sanitizer() {
   # Without torch's caching every tensor is its own allocation, so a read past its end is seen.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
     "$python" -m pytest -q -x -p no:cacheprovider tests/ops -k "cuda and odd and forward and float32"
+}
+
+tune() {
+  if [[ $device != cuda ]]; then
+    echo "no GPU on this machine: not run"
+    return 0
+  fi
+  "$python" "$root/benchmarks/tune_lora.py" ${quick[@]+"${quick[@]}"} --json "$out/tune_lora.json"
 }
 
 bench() {

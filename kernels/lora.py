@@ -2,14 +2,17 @@
 
 project: s = scale dropout(v) F^T; expand: b + mask (s F); outer: partial sums of s^T dropout(v). The mask is drawn in
 the pass that reads or writes the element. The dense products are torch's, with beta = 1. Arguments were checked by
-collm_fast/ops/lora.py. Imports torch, triton and its neighbour device.py only.
+collm_fast/ops/lora.py. Imports torch, triton and its neighbours device.py and lora_table.py only.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from collm_fast.kernels import lora_table
 from collm_fast.kernels.device import on
 from torch import Tensor
 
@@ -168,9 +171,21 @@ def outer_kernel(
     tl.store(partial + (part * r + rank[:, None]) * C + column[None, :], total, mask=inside)
 
 
-def blocks(r: int) -> dict[str, int]:
-    """Tile sizes by rank: tl.dot wants at least 16; 32 ranks and more are taken 32 at a time, or registers spill."""
-    return {"BLOCK_M": 32, "BLOCK_C": 64, "RANK": 16} if r <= 16 else {"BLOCK_M": 16, "BLOCK_C": 32, "RANK": 32}
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """10 major + minor of an NVIDIA GPU, 0 elsewhere: AMD numbers its GPUs alike."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def blocks(r: int, kernel: str = "project", v: Tensor | None = None) -> dict[str, int]:
+    """Tile sizes, warps and stages for the rows v [M, C] of a kernel, see lora_table.py; None: what serves any GPU."""
+    if v is None:
+        return {**vars(lora_table.launch_of(kernel, "", r, 0, 0))}
+    dtype = str(v.dtype).removeprefix("torch.")
+    return {**vars(lora_table.launch_of(kernel, dtype, r, v.shape[1], _capability(v.device)))}
 
 
 def _sum_type(v: Tensor) -> tl.dtype:
@@ -194,7 +209,7 @@ def _project(v: Tensor, factor: Tensor, scale: float, seed: Tensor | None, strea
     """v [M, C], factor [r, C] of any strides -> [M, r]."""
     (M, C), r = v.shape, factor.shape[0]
     out = v.new_empty((M, r), dtype=torch.promote_types(v.dtype, torch.float32))
-    size = blocks(r)
+    size = blocks(r, "project", v)
     with on(v):
         project_kernel[(triton.cdiv(M, size["BLOCK_M"]), triton.cdiv(r, size["RANK"]))](
             out,
@@ -230,7 +245,7 @@ def _expand(
     (M, C), r = out.shape, factor.shape[0]
     if C == 0:
         return
-    size = blocks(r)
+    size = blocks(r, "expand", out)
     with on(out):
         expand_kernel[(triton.cdiv(M, size["BLOCK_M"]), triton.cdiv(C, size["BLOCK_C"]))](
             out,
@@ -258,7 +273,7 @@ def _outer(v: Tensor, s: Tensor, scale: float, seed: Tensor | None, stream: int,
     (M, C), r = v.shape, s.shape[1]
     if M == 0 or C == 0:
         return s.new_zeros((r, C))
-    size = blocks(r)
+    size = blocks(r, "outer", v)
     fit = max(1, (64 << 20) // (r * C * s.element_size()))
     rows = triton.cdiv(M, min(triton.cdiv(M, 64), 128, fit))
     parts = triton.cdiv(M, rows)

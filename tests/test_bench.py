@@ -672,7 +672,7 @@ def test_compare_command(written: Any, capsys: pytest.CaptureFixture[str]) -> No
         (["--fast"], "got --fast"),
         (
             ["out", "everything"],
-            "expected a step of native tests triton sanitizer bench growth distributed gowalla, got everything",
+            "expected a step of native tests triton sanitizer tune bench growth distributed gowalla, got everything",
         ),
     ],
 )
@@ -682,12 +682,13 @@ def test_the_gpu_suite_names_a_bad_call(arguments: list[str], message: str, tmp_
     assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_the_gpu_suite_rehearses_a_step(tmp_path: Path) -> None:
-    command = ["bash", str(FOLDER / "gpu_suite.sh"), str(tmp_path), "--rehearse", "sanitizer"]
+def test_the_gpu_suite_rehearses_steps(tmp_path: Path) -> None:
+    command = ["bash", str(FOLDER / "gpu_suite.sh"), str(tmp_path), "--rehearse", "sanitizer", "tune"]
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "ok      sanitizer" in (tmp_path / "summary.txt").read_text()
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "ok      sanitizer" in summary and "ok      tune" in summary
 
 
 def test_options_are_frozen(harness: ModuleType) -> None:
