@@ -253,8 +253,10 @@ def fork(cases: Callable[[], Iterator[Case]], simd: str, fault: str = "") -> dic
         lines = pipe.read().split("\n")[:-1]
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     end = "an exception" if status > 0 else signal.Signals(-status).name if status < 0 else ""
-    fault_at = f"{end} in {next((line for line in reversed(lines) if line), 'no case')}" if end else None
-    return {"cases": lines.count(""), "fault": fault_at}
+    named = next((line for line in reversed(lines) if line), "the start")
+    # Between two cases the operands of the next one are made, by kernels too.
+    where = named if lines and lines[-1] else f"what is made ready after {named}"
+    return {"cases": lines.count(""), "fault": f"{end} in {where}" if end else None}
 
 
 def main() -> None:
