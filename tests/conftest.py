@@ -109,6 +109,23 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
+def pytest_sessionstart() -> None:
+    """`make sanitize` names the folder of its libraries: a run that loaded others, or plain ones, proves nothing."""
+    folder = os.environ.get("COLLM_FAST_TEST_LIBRARIES")
+    if folder is None:
+        return
+    import collm_fast  # noqa: F401  (loads the libraries)
+
+    names = ("libcollm_fast_cpu.so", "_C.*.so")
+    wanted = sorted(str(path) for name in names for path in Path(folder).glob(name))
+    files = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    loaded = sorted(f for f in files for name in names if Path(f).match(f"collm_fast/{name}"))
+    if loaded != wanted or len(wanted) != len(names):
+        pytest.exit(f"expected the libraries in {folder}, got {loaded}", returncode=4)
+    if not all(b"__asan_init" in Path(path).read_bytes() for path in loaded):
+        pytest.exit(f"expected libraries with AddressSanitizer, got {loaded}", returncode=4)
+
+
 def _forbid(report: pytest.TestReport | pytest.CollectReport) -> None:
     """Turns a skip outside the list into a failure."""
     if not report.skipped or hasattr(report, "wasxfail"):

@@ -180,7 +180,15 @@ class Memory {
   template <typename T>
   void take(T*& to, int64_t count) {
     to = reinterpret_cast<T*>(at_);
-    at_ += (static_cast<uintptr_t>(count) * sizeof(T) + kLine - 1) / kLine * kLine;
+    const uintptr_t end = at_ + static_cast<uintptr_t>(count) * sizeof(T);
+    at_ = (end + kLine - 1) / kLine * kLine;
+#if defined(__SANITIZE_ADDRESS__)
+    // To the sanitizer all of them are one block: what lies between two of them is out of bounds.
+    at_ += kLine;
+    if (buffer_) {
+      __asan_poison_memory_region(reinterpret_cast<void*>(end), at_ - end);
+    }
+#endif
   }
   std::optional<lora::Buffer<char>> buffer_;  // not set to zero: nothing is read before it is written
   uintptr_t at_ = 0;

@@ -62,7 +62,13 @@ class Spare {
   }
 
  private:
-  static constexpr int64_t kKept = int64_t{32} << 20, kSmall = int64_t{64} << 10;
+#if defined(__SANITIZE_ADDRESS__)
+  // The sanitizer sees the ends of blocks, and their use once they are given back, only where each is new.
+  static constexpr int64_t kKept = 0;
+#else
+  static constexpr int64_t kKept = int64_t{32} << 20;
+#endif
+  static constexpr int64_t kSmall = int64_t{64} << 10;
 
   static Spare& of_this_thread() {
     thread_local Spare spare;

@@ -12,6 +12,7 @@
 
 #include "isa.h"
 #include "lora_avx512.h"
+#include "tile_checks.h"
 
 #if defined(COLLM_X86)
 
