@@ -1,6 +1,7 @@
 // The argument checks of lora_linear and its backward, one definition for csrc/cpu/lora.cpp and csrc/cuda/lora.cu.
+// Those of a group are lora_group_checks.h.
 //
-// collm_fast/ops/lora.py says the same sentences for the fake, Triton and the reference. No kernel lives here.
+// collm_fast/ops/_lora_checks.py says the same sentences for the fake, Triton and the reference. No kernel lives here.
 #pragma once
 
 #include "checks.h"
@@ -40,23 +41,44 @@ inline bool has_shape(const Tensor& tensor, std::vector<int64_t> sizes, int64_t 
   return std::vector<int64_t>(got.begin(), got.end()) == sizes;
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& tensor, const char* of, const Tensor& x) {
-  COLLM_CHECK(tensor.device() == x.device(), op, name, " on ", of, "'s device ", device_of(x), ", got ",
+// Whose arguments are checked: an op's own, or those of one projection of a group.
+struct Place {
+  const char* op;
+  int64_t index = -1;
+
+  // weight, or weights[1].
+  std::string name(const std::string& argument) const {
+    const char* plural = argument == "bias" ? "es[" : "s[";
+    return index < 0 ? argument : argument + plural + std::to_string(index) + "]";
+  }
+};
+
+inline void check_device(const Place& at, const char* name, const Tensor& tensor, const std::string& of,
+                         const Tensor& x) {
+  COLLM_CHECK(tensor.device() == x.device(), at.op, at.name(name), " on ", of, "'s device ", device_of(x), ", got ",
               device_of(tensor));
 }
 
-inline void check_dtypes(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                         const Tensor& lora_A, const Tensor& lora_B) {
+inline void check_linear_dtypes(const Place& at, const Tensor& x, const Tensor& weight,
+                                const std::optional<Tensor>& bias) {
   const ScalarType type = x.scalar_type();
   const bool low = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
-  COLLM_CHECK(low || (type == ScalarType::Double && x.is_cpu()), op, "x in float32, bfloat16, float16",
+  COLLM_CHECK(low || (type == ScalarType::Double && x.is_cpu()), at.op, "x in float32, bfloat16, float16",
               x.is_cpu() ? ", float64" : "", ", got ", dtype(x));
-  COLLM_CHECK(weight.scalar_type() == type, op, "weight in x's dtype ", dtype(x), ", got ", dtype(weight));
-  COLLM_CHECK(!bias || bias->scalar_type() == type, op, "bias in x's dtype ", dtype(x), ", got ", dtype(*bias));
-  COLLM_CHECK(lora_A.scalar_type() == type || (low && lora_A.scalar_type() == ScalarType::Float), op,
-              "lora_A in float32 or x's dtype ", dtype(x), ", got ", dtype(lora_A));
-  COLLM_CHECK(lora_B.scalar_type() == lora_A.scalar_type(), op, "lora_B in lora_A's dtype ", dtype(lora_A), ", got ",
-              dtype(lora_B));
+  COLLM_CHECK(weight.scalar_type() == type, at.op, at.name("weight"), " in x's dtype ", dtype(x), ", got ",
+              dtype(weight));
+  COLLM_CHECK(!bias || bias->scalar_type() == type, at.op, at.name("bias"), " in x's dtype ", dtype(x), ", got ",
+              dtype(*bias));
+}
+
+inline void check_dtypes(const Place& at, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const Tensor& lora_A, const Tensor& lora_B) {
+  check_linear_dtypes(at, x, weight, bias);
+  const ScalarType type = x.scalar_type();
+  COLLM_CHECK(lora_A.scalar_type() == type || (type != ScalarType::Double && lora_A.scalar_type() == ScalarType::Float),
+              at.op, at.name("lora_A"), " in float32 or x's dtype ", dtype(x), ", got ", dtype(lora_A));
+  COLLM_CHECK(lora_B.scalar_type() == lora_A.scalar_type(), at.op, at.name("lora_B"), " in ", at.name("lora_A"),
+              "'s dtype ", dtype(lora_A), ", got ", dtype(lora_B));
 }
 
 inline void check_dropout(const char* op, const Tensor& x, double p, const std::optional<Tensor>& seed,
@@ -70,62 +92,86 @@ inline void check_dropout(const char* op, const Tensor& x, double p, const std::
   }
   COLLM_CHECK(seed->scalar_type() == ScalarType::Long, op, "seed in int64, got ", dtype(*seed));
   COLLM_CHECK(seed->numel() == 1, op, "seed of one element, got ", collm::shape(*seed));
-  check_device(op, "seed", *seed, "x", x);
+  check_device({op}, "seed", *seed, "x", x);
 }
 
-inline void check_adapters(const char* op, int64_t N, int64_t K, const Tensor& lora_A, const Tensor& lora_B) {
-  COLLM_CHECK(lora_A.dim() == 2 && lora_A.size(0) >= 1 && lora_A.size(0) <= kMaxRank && lora_A.size(1) == K, op,
-              "lora_A of shape [r, ", K, "] with r in [1, 256], got ", collm::shape(lora_A));
+inline void check_adapters(const Place& at, int64_t N, int64_t K, const Tensor& lora_A, const Tensor& lora_B) {
+  COLLM_CHECK(lora_A.dim() == 2 && lora_A.size(0) >= 1 && lora_A.size(0) <= kMaxRank && lora_A.size(1) == K, at.op,
+              at.name("lora_A"), " of shape [r, ", K, "] with r in [1, 256], got ", collm::shape(lora_A));
   const int64_t r = lora_A.size(0);
-  COLLM_CHECK(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, op, "lora_B of shape [", N, ", ", r,
-              "], got ", collm::shape(lora_B));
+  COLLM_CHECK(lora_B.dim() == 2 && lora_B.size(0) == N && lora_B.size(1) == r, at.op, at.name("lora_B"), " of shape [",
+              N, ", ", r, "], got ", collm::shape(lora_B));
 }
 
-inline void check_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+inline void check_linear_shapes(const Place& at, const Tensor& x, const Tensor& weight,
+                                const std::optional<Tensor>& bias) {
+  COLLM_CHECK(x.dim() >= 1, at.op, "x of shape [..., K], got ", collm::shape(x));
+  const int64_t K = x.size(x.dim() - 1);
+  COLLM_CHECK(weight.dim() == 2 && weight.size(1) == K, at.op, at.name("weight"), " of shape [N, ", K, "], got ",
+              collm::shape(weight));
+  const int64_t N = weight.size(0);
+  COLLM_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), at.op, at.name("bias"), " of shape [", N, "], got ",
+              collm::shape(*bias));
+}
+
+inline void check_linear_devices(const Place& at, const Tensor& x, const Tensor& weight,
+                                 const std::optional<Tensor>& bias) {
+  check_device(at, "weight", weight, "x", x);
+  if (bias) {
+    check_device(at, "bias", *bias, "x", x);
+  }
+}
+
+// Where there is no adapter.
+inline void check_linear(const Place& at, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_linear_shapes(at, x, weight, bias);
+  check_linear_dtypes(at, x, weight, bias);
+  check_linear_devices(at, x, weight, bias);
+}
+
+inline void check_forward(const Place& at, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           const Tensor& lora_A, const Tensor& lora_B, double dropout_p,
                           const std::optional<Tensor>& seed, int64_t stream) {
-  const char* op = "lora_linear";
-  COLLM_CHECK(x.dim() >= 1, op, "x of shape [..., K], got ", collm::shape(x));
-  const int64_t K = x.size(x.dim() - 1);
-  COLLM_CHECK(weight.dim() == 2 && weight.size(1) == K, op, "weight of shape [N, ", K, "], got ", collm::shape(weight));
+  check_linear_shapes(at, x, weight, bias);
+  check_adapters(at, weight.size(0), weight.size(1), lora_A, lora_B);
+  check_dtypes(at, x, weight, bias, lora_A, lora_B);
+  check_linear_devices(at, x, weight, bias);
+  check_device(at, "lora_A", lora_A, "x", x);
+  check_device(at, "lora_B", lora_B, "x", x);
+  check_dropout(at.op, x, dropout_p, seed, stream);
+}
+
+inline void check_gradient(const Place& at, const Tensor& grad, const Tensor& weight) {
+  COLLM_CHECK(weight.dim() == 2, at.op, at.name("weight"), " of shape [N, K], got ", collm::shape(weight));
   const int64_t N = weight.size(0);
-  COLLM_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), op, "bias of shape [", N, "], got ",
-              collm::shape(*bias));
-  check_adapters(op, N, K, lora_A, lora_B);
-  check_dtypes(op, x, weight, bias, lora_A, lora_B);
-  check_device(op, "weight", weight, "x", x);
-  if (bias) {
-    check_device(op, "bias", *bias, "x", x);
-  }
-  check_device(op, "lora_A", lora_A, "x", x);
-  check_device(op, "lora_B", lora_B, "x", x);
-  check_dropout(op, x, dropout_p, seed, stream);
+  COLLM_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, at.op, at.name("grad"), " of shape [..., ", N,
+              "], got ", collm::shape(grad));
 }
 
 // x is read for lora_A's gradient alone, and s for lora_B's: whoever does not ask may pass empty tensors.
-inline void check_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
-                           const Tensor& lora_B, const Tensor& s, double dropout_p, const std::optional<Tensor>& seed,
-                           int64_t stream, const std::vector<bool>& mask) {
-  const char* op = "lora_linear_backward";
+inline void check_backward(const Place& at, const Tensor& grad, const Tensor& x, const Tensor& weight,
+                           const Tensor& lora_A, const Tensor& lora_B, const Tensor& s, double dropout_p,
+                           const std::optional<Tensor>& seed, int64_t stream, const std::vector<bool>& mask) {
+  const char* op = at.op;
   COLLM_CHECK(mask.size() == 3, op, "mask of 3 booleans, got ", mask.size());
-  COLLM_CHECK(weight.dim() == 2, op, "weight of shape [N, K], got ", collm::shape(weight));
-  const int64_t N = weight.size(0), K = weight.size(1);
-  COLLM_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, op, "grad of shape [..., ", N, "], got ",
-              collm::shape(grad));
-  check_adapters(op, N, K, lora_A, lora_B);
+  check_gradient(at, grad, weight);
+  const int64_t K = weight.size(1);
+  check_adapters(at, weight.size(0), K, lora_A, lora_B);
   const auto rows = leading(grad);
   COLLM_CHECK(!mask[1] || has_shape(x, rows, K), op, "x of shape ", shape(rows, K), ", got ", collm::shape(x));
-  COLLM_CHECK(!mask[2] || has_shape(s, rows, lora_A.size(0)), op, "s of shape ", shape(rows, lora_A.size(0)), ", got ",
-              collm::shape(s));
-  check_dtypes(op, grad, weight, std::nullopt, lora_A, lora_B);
-  COLLM_CHECK(x.scalar_type() == grad.scalar_type(), op, "x in grad's dtype ", dtype(grad), ", got ", dtype(x));
-  COLLM_CHECK(s.scalar_type() == wide(grad.scalar_type()), op, "s in ", name(wide(grad.scalar_type())), ", got ",
-              dtype(s));
-  check_device(op, "x", x, "grad", grad);
-  check_device(op, "weight", weight, "grad", grad);
-  check_device(op, "lora_A", lora_A, "grad", grad);
-  check_device(op, "lora_B", lora_B, "grad", grad);
-  check_device(op, "s", s, "grad", grad);
+  COLLM_CHECK(!mask[2] || has_shape(s, rows, lora_A.size(0)), op, at.name("s"), " of shape ",
+              shape(rows, lora_A.size(0)), ", got ", collm::shape(s));
+  check_dtypes(at, grad, weight, std::nullopt, lora_A, lora_B);
+  COLLM_CHECK(x.scalar_type() == grad.scalar_type(), op, "x in ", at.name("grad"), "'s dtype ", dtype(grad), ", got ",
+              dtype(x));
+  COLLM_CHECK(s.scalar_type() == wide(grad.scalar_type()), op, at.name("s"), " in ", name(wide(grad.scalar_type())),
+              ", got ", dtype(s));
+  COLLM_CHECK(x.device() == grad.device(), op, "x on ", at.name("grad"), "'s device ", device_of(grad), ", got ",
+              device_of(x));
+  check_device(at, "weight", weight, at.name("grad"), grad);
+  check_device(at, "lora_A", lora_A, at.name("grad"), grad);
+  check_device(at, "lora_B", lora_B, at.name("grad"), grad);
+  check_device(at, "s", s, at.name("grad"), grad);
   check_dropout(op, grad, dropout_p, seed, stream);
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._library.autograd import supports_tensorlist
 
 from collm_fast import _native
 
@@ -44,6 +45,9 @@ def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[.
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
+    if "Tensor[]" in str(op._schema):
+        # A Function sees the tensors among its arguments alone, not those in a list.
+        formula = supports_tensorlist(formula)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or _transforms_active():

@@ -1,7 +1,8 @@
-"""LoRA linear: schema, fake, autograd formula, registration and the public functions.
+"""LoRA linear: schema, fake, autograd formula, registration and the public function.
 
-The argument checks are in _lora_checks.py; the kernels in csrc/cpu/lora.cpp, csrc/cuda/lora.cuh and kernels/lora.py;
-the specification in reference.py; the module that holds the parameters in models/lora.py. Floor F1.
+Several projections of one x are lora_group.py. The argument checks are in _lora_checks.py; the kernels in
+csrc/cpu/lora.cpp, csrc/cuda/lora.cuh and kernels/lora.py; the specification in reference.py; the module that holds the
+parameters in models/lora.py. Floor F1.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _native.LIBRARY.define(
 )
 
 
-def _forward_reference(
+def forward_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -54,7 +55,7 @@ def _forward_reference(
         return y + (scaling * (s @ lora_B.to(wide).T)).to(y.dtype), s
 
 
-def _backward_reference(
+def backward_reference(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -114,8 +115,8 @@ def _backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return dx, dA, dB
 
 
-_native.register("lora_linear", reference=_forward_reference, triton=_forward_triton)
-_native.register("lora_linear_backward", reference=_backward_reference, triton=_backward_triton)
+_native.register("lora_linear", reference=forward_reference, triton=_forward_triton)
+_native.register("lora_linear_backward", reference=backward_reference, triton=_backward_triton)
 
 
 @torch.library.register_fake("collm_fast::lora_linear", lib=_native.LIBRARY)
@@ -195,13 +196,12 @@ _lora_linear = register_autograd("lora_linear", _backward, _setup_context)
 _lora_linear_backward = register_autograd("lora_linear_backward", _no_second_derivative, _keep_nothing)
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    # As torch's own linear: the frozen product runs in the autocast dtype. lora_A and lora_B keep their dtype.
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What x, weight and bias are cast to, as in torch's own linear; lora_A and lora_B keep their dtype."""
     kind = x.device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def lora_linear(
@@ -239,7 +239,9 @@ def lora_linear(
     if torch.is_grad_enabled():
         check_frozen(weight, bias)
     check_probability(dropout_p)
-    x, weight, bias = _autocast(x, weight, bias)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if lora_A is None or lora_B is None:
         check_linear(x, weight, bias)
         return torch.nn.functional.linear(x, weight, bias)
@@ -247,35 +249,3 @@ def lora_linear(
     seed = seed_tensor("lora_linear", seed, x.device) if p > 0.0 else None
     y: Tensor = _lora_linear(x, weight, bias, lora_A, lora_B, scaling, p, seed, stream)[0]
     return y
-
-
-def lora_linear_group(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_As: Sequence[Tensor | None],
-    lora_Bs: Sequence[Tensor | None],
-    scaling: float,
-    *,
-    dropout_p: float = 0.0,
-    seed: Tensor | int | None = None,
-    training: bool = False,
-) -> list[Tensor]:
-    """`lora_linear` for several projections of one x (q, k and v; gate and up).
-
-        y_j = x W_j^T + b_j + scaling * dropout_j(x) A_j^T B_j^T
-
-    Args:
-        x: [..., K].
-        weights, biases, lora_As, lora_Bs: lists of equal length; None where a projection has no bias or no adapter.
-        seed, dropout_p, training: as in `lora_linear`; projection j draws its own mask, that of stream j.
-    Returns: a list of [..., N_j].
-    Raises: ValueError as `lora_linear`, or where the lists differ in length.
-    """
-    lengths = [len(weights), len(biases), len(lora_As), len(lora_Bs)]
-    require(len(set(lengths)) == 1, "lists of equal length", lengths, "lora_linear_group")
-    seed = seed_tensor("lora_linear_group", seed, x.device)
-    return [
-        lora_linear(x, w, b, lora_a, lora_b, scaling, dropout_p=dropout_p, seed=seed, training=training, stream=j)
-        for j, (w, b, lora_a, lora_b) in enumerate(zip(weights, biases, lora_As, lora_Bs, strict=True))
-    ]

@@ -1,19 +1,22 @@
-// lora_linear on the CPU: the choice of a kernel, the vendor's matrix product, registration.
+// lora_linear and lora_linear_group on the CPU: the choice of a kernel, the vendor's matrix product, registration. One
+// projection is a group of one.
 //
-// The passes over the rows are in lora_rows.h (any CPU) and lora_avx512.h; products of our own with them are in
-// lora_product.h (float32) and in lora_tiles.h and lora_tile_passes.h (bfloat16 on AMX). Everywhere else the passes
-// write the bias and the low-rank part, and the vendor's product is added to them (beta = 1).
+// The passes over the rows are in lora_rows.h (any CPU) and lora_avx512.h; products of our own with them are behind
+// lora_own.h. Everywhere else the passes write the bias and the low-rank part, and the vendor's product is added to
+// them (beta = 1).
 #include "isa.h"
-#include "lora_product.h"
+#include "lora_group.h"
+#include "lora_own.h"
 #include "lora_rows.h"
 #include "lora_scratch.h"
-#include "lora_tile_passes.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
 
 #include <tuple>
+#include <utility>
+#include <vector>
 
 namespace collm::lora {
 namespace {
@@ -119,161 +122,114 @@ Dropout dropout(double p, const std::optional<Tensor>& seed, int64_t stream) {
   return d;
 }
 
-// out += left right, by the vendor's GEMM.
-void add_product(const Tensor& out, const Tensor& left, const Tensor& right) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
+// out = base + left right and out = left right, by the vendor's GEMM.
+void add_product(const Tensor& out, const Tensor& base, const Tensor& left, const Tensor& right) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), base.get(), left.get(), right.get(), 1.0, 1.0));
+}
+void set_product(const Tensor& out, const Tensor& left, const Tensor& right) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
-// The kernels of our own: whether they compute the product of a dtype, and how.
+// The factors of a call's projections, unpacked.
 template <typename T>
-struct Own {
-  static bool serves(int64_t, int64_t) { return false; }
-};
-// Rows do not meet in any sum of the forward, so how they are shared out does not change a bit.
-constexpr int64_t kUnit = 32;
-
-#if defined(COLLM_X86)
-template <typename T>
-constexpr bool has_own = std::is_same_v<T, float> || std::is_same_v<T, torch::headeronly::BFloat16>;
-template <>
-struct Own<float> {
-  using Right = product::Right;
-  // On fewer rows the vendor's product makes up for the pass around it: it need not pack the weight.
-  static constexpr int64_t kFewRows = 256;
-  static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && Right::serves(terms); }
-  static constexpr auto pack = product::pack;
-  static constexpr int64_t kPieces = 1;
-  static int64_t rank_rows(int64_t r) { return padded(r); }
-
-  static void forward(const Forward<float>& f, const Right& right, int64_t M) {
-    torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
-      const Buffer<float> s(right.scratch_size());
-      product::forward_rows(f, right, begin * kUnit, std::min(end * kUnit, M), s.data());
-    });
-  }
-  static void backward(const Backward<float>& f, const Right& right, const Parts<float>& parts) {
-    torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<float> ds(right.scratch_size());
-      const Buffer<uint16_t> keep(avx512::kBlockRows * avx512::keep_stride(f.K) + 4);
-      for (int64_t p = begin; p < end; ++p) {
-        parts.clear(p);
-        product::backward_rows(f, right, parts.begin(p), parts.begin(p + 1), parts.A(p), parts.B(p), ds.data(),
-                               keep.data());
-      }
-    });
-  }
-};
-
-template <>
-struct Own<torch::headeronly::BFloat16> {
-  using T = torch::headeronly::BFloat16;
-  using Right = tiles::Right;
-  static constexpr int64_t kFewRows = 32;
-  static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && Right::serves(terms); }
-  static constexpr auto pack = tiles::pack;
-  static constexpr int64_t kPieces = tiles::kPieces;
-  static int64_t rank_rows(int64_t r) { return tiles::RankRight{0, r}.width(); }
-
-  // A, or B^T, packed.
-  struct Rank {
-    tiles::RankRight right;
-    Buffer<uint16_t> buffer;
-
-    Rank(Factor<float> factor, int64_t terms, int64_t r) : right{terms, r}, buffer(right.size()) {
-      const Buffer<uint16_t> pieces(right.width() * right.steps() * tiles::kStep);
-      tiles::pack_rank(factor, right, pieces.data(), buffer.data());
-      right.data = buffer.data();
-    }
-  };
-
-  static void forward(const Forward<T>& f, const Right& right, int64_t M) {
-    const Rank rank(f.a, f.K, f.r);
-    torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
-      const Buffer<uint16_t> scratch(tiles::forward_scratch(right));
-      tiles::forward_rows(f, right, rank.right, begin * kUnit, std::min(end * kUnit, M), scratch.data());
-    });
-  }
-  static void backward(const Backward<T>& f, const Right& right, const Parts<float>& parts) {
-    const Rank rank(f.b, f.N, f.r);
-    torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<uint16_t> scratch(tiles::backward_scratch(right, rank.right));
-      tiles::backward_rows(f, right, rank.right, begin, end, parts, scratch.data());
-    });
-  }
-};
-
-// A frozen weight as the right factor of a product over the weight's dimension `term`, packed.
-template <typename T>
-class Packed {
+class Factors {
  public:
-  using Right = typename Own<T>::Right;
+  using W = typename Wide<T>::type;
 
-  Packed(const Tensor& weight, int64_t term, Factor<float> factor, int64_t r)
-      : right_{weight.size(term), weight.size(1 - term), r}, buffer_(right_.size()) {
-    right_.data = buffer_.data();
-    Tensor w = weight;
-    if (w.stride(0) != 1 && w.stride(1) != 1) {
-      const std::array<int64_t, 2> sizes{w.size(0), w.size(1)};
-      Tensor copy = torch::stable::new_empty(w, sizes);
-      w = torch::stable::copy_(copy, w);
-    }
-    const T* from = static_cast<const T*>(w.data_ptr());
-    const int64_t term_stride = w.stride(term), output_stride = w.stride(1 - term);
-    torch::stable::parallel_for(0, right_.panels(), 4, [&](int64_t begin, int64_t end) {
-      Own<T>::pack(from, term_stride, output_stride, factor, right_, begin, end, buffer_.data());
-    });
-  }
-  const Right& right() const { return right_; }
+  Factor<W> of_A(const Tensor& t) { return keep(Unpacked<W>::of_A(t)); }
+  Factor<W> of_B(const Tensor& t) { return keep(Unpacked<W>::of_B(t)); }
+  const W* of_bias(const Tensor& t) { return keep(Unpacked<W>::of_bias(t)).data; }
 
  private:
-  Right right_;
-  Buffer<typename Right::Word> buffer_;
+  Factor<W> keep(Unpacked<W>&& factor) {
+    kept_.push_back(std::move(factor));
+    return kept_.back().factor();
+  }
+  std::vector<Unpacked<W>> kept_;
 };
-#else
-template <typename T>
-constexpr bool has_own = false;
-#endif
 
-// y and s for the rows [M, K] of x.
+// ys and ss for the rows [M, K] of x. A run of rows is read by all projections while it is in a cache.
 template <typename T>
-void forward_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
-                  const Tensor& lora_B, double scaling, const Dropout& d, const Tensor& y, const Tensor& s) {
+void forward_into(const Tensor& x, const Forwards& call, double scaling, double dropout_p) {
   using W = typename Wide<T>::type;
-  const int64_t M = x.size(0), N = lora_B.size(0), r = lora_B.size(1);
-  const auto a = Unpacked<W>::of_A(lora_A), b = Unpacked<W>::of_B(lora_B);
-  const std::array<int64_t, 1> one{N};
-  const auto c = Unpacked<W>::of_bias(bias ? *bias : torch::stable::new_zeros(x, one));
-  Forward<T> f{};
-  f.x = static_cast<const T*>(x.data_ptr());
-  f.x_stride = x.stride(0), f.K = x.size(1), f.N = N, f.r = r;
-  f.a = a.factor(), f.b = b.factor(), f.bias = c.factor().data;
-  f.scaling = static_cast<W>(scaling), f.dropout = d;
-  f.y = static_cast<T*>(y.data_ptr()), f.s = static_cast<W*>(s.data_ptr());
+  const int64_t M = x.size(0), K = x.size(1);
+  const bool own = Own<T>::serves(M, K);
+  const std::vector<Projection>& group = call.group;
+  Factors<T> factors;
+  std::vector<Forward<T>> all;
+  for (size_t n = 0; n < group.size(); ++n) {
+    const Projection& g = group[n];
+    Forward<T> f{};
+    f.x = static_cast<const T*>(x.data_ptr());
+    f.x_stride = x.stride(0), f.K = K, f.N = g.weight.size(0), f.r = g.lora_A ? g.lora_A->size(0) : 0;
+    f.scaling = static_cast<W>(scaling), f.dropout = dropout(dropout_p, g.seed, g.stream);
+    f.y = static_cast<T*>(call.ys[n].data_ptr()), f.s = static_cast<W*>(call.ss[n].data_ptr());
+    if (f.r > 0) {
+      f.a = factors.of_A(*g.lora_A), f.b = factors.of_B(*g.lora_B);
+    }
+    if (f.r > 0 || own) {
+      const std::array<int64_t, 1> one{f.N};
+      f.bias = factors.of_bias(g.bias ? *g.bias : torch::stable::new_zeros(x, one));
+    }
+    all.push_back(f);
+  }
   if constexpr (has_own<T>) {
-    if (Own<T>::serves(M, f.K)) {
-      const Packed<T> packed(weight, 1, f.b, r);
-      Own<T>::forward(f, packed.right(), M);
+    if (own) {
+      std::vector<Frozen> weights;
+      for (size_t n = 0; n < group.size(); ++n) {
+        weights.push_back({group[n].weight, all[n].b, all[n].r});
+      }
+      Own<T>::forward(all, weights, M);
       return;
     }
   }
   const auto run = Rows<T>::forward();
-  torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 1,
-                              [&](int64_t begin, int64_t end) { run(f, begin * kUnit, std::min(end * kUnit, M)); });
-  const std::array<int64_t, 2> flat{M, N};
-  add_product(torch::stable::view(y, flat), x, torch::stable::transpose(weight, 0, 1));
+  torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 1, [&](int64_t begin, int64_t end) {
+    each_run(begin, end, M, [&](int64_t m, int64_t last) {
+      for (const Forward<T>& f : all) {
+        if (f.r > 0) {
+          run(f, m, last);
+        }
+      }
+    });
+  });
+  for (size_t n = 0; n < group.size(); ++n) {
+    const std::array<int64_t, 2> flat{M, all[n].N};
+    const Tensor y = torch::stable::view(call.ys[n], flat), right = torch::stable::transpose(group[n].weight, 0, 1);
+    if (all[n].r > 0) {
+      add_product(y, y, x, right);
+    } else if (group[n].bias) {
+      add_product(y, *group[n].bias, x, right);
+    } else {
+      set_product(y, x, right);
+    }
+  }
+}
+
+void run_forward(const Tensor& x, const Forwards& call, double scaling, double dropout_p) {
+  const Tensor rows = as_rows(x);
+  if (rows.size(0) > 0) {
+    COLLM_DISPATCH(x.scalar_type(), forward_into<scalar_t>(rows, call, scaling, dropout_p));
+  }
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_A, Tensor lora_B,
                                    double scaling, double dropout_p, std::optional<Tensor> seed, int64_t stream) {
-  check_forward(x, weight, bias, lora_A, lora_B, dropout_p, seed, stream);
-  Tensor y = new_rows(x, leading(x), weight.size(0), x.scalar_type());
-  Tensor s = new_rows(x, leading(x), lora_A.size(0), wide(x.scalar_type()));
-  const Tensor rows = as_rows(x);
-  if (rows.size(0) > 0) {
-    const Dropout d = dropout(dropout_p, seed, stream);
-    COLLM_DISPATCH(x.scalar_type(), forward_into<scalar_t>(rows, weight, bias, lora_A, lora_B, scaling, d, y, s));
-  }
-  return {y, s};
+  check_forward({"lora_linear"}, x, weight, bias, lora_A, lora_B, dropout_p, seed, stream);
+  Forwards call;
+  call.add(x, {weight, bias, lora_A, lora_B, seed, stream});
+  run_forward(x, call, scaling, dropout_p);
+  return {call.ys[0], call.ss[0]};
+}
+
+std::tuple<Tensors, Tensors> forward_group(Tensor x, Tensors weights, Tensors biases, Tensors lora_As, Tensors lora_Bs,
+                                           double scaling, double dropout_p, Tensors seeds,
+                                           std::vector<int64_t> streams) {
+  const Masks masks{dropout_p, seeds, streams};
+  check_group_forward(x, weights, biases, lora_As, lora_Bs, masks);
+  const Forwards call = forwards_of(x, weights, biases, lora_As, lora_Bs, masks);
+  run_forward(x, call, scaling, dropout_p);
+  return {call.ys, call.ss};
 }
 
 // How many partial sums of dA and dB: a function of the shapes alone, at most 64 MiB of them.
@@ -314,81 +270,142 @@ struct Partial {
   }
 };
 
-// dx, dA and dB, each where it is defined, for the rows [M, N] of grad and [M, K] of x.
+// The sums of dA and dB of a whole call: in as many parts for every projection.
 template <typename T>
-void backward_into(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
-                   const Tensor& lora_B, const std::optional<Tensor>& s, double scaling, const Dropout& d,
-                   const std::optional<Tensor>& dx, const Tensor& dA, const Tensor& dB) {
+class Sums {
+ public:
   using W = typename Wide<T>::type;
-  const int64_t M = grad.size(0), N = lora_B.size(0), r = lora_B.size(1), K = lora_A.size(1);
-  const auto a = Unpacked<W>::of_A(lora_A), b = Unpacked<W>::of_B(lora_B);
-  Backward<T> f{};
-  f.grad = static_cast<const T*>(grad.data_ptr());
-  f.grad_stride = grad.stride(0), f.K = K, f.N = N, f.r = r;
-  f.x = x ? static_cast<const T*>(x->data_ptr()) : nullptr;
-  f.x_stride = x ? x->stride(0) : 0;
-  f.a = a.factor(), f.b = b.factor();
-  f.s = s ? static_cast<const W*>(s->data_ptr()) : nullptr;
-  f.scaling = static_cast<W>(scaling), f.dropout = d;
-  f.dx = dx ? static_cast<T*>(dx->data_ptr()) : nullptr;
-  const bool own = dx && Own<T>::serves(M, N);
-  // Rows of the partial sums; our own may keep the pieces of a rank apart.
-  int64_t rows = padded(r), pieces = 1;
-  if constexpr (has_own<T>) {
-    if (own) {
-      rows = Own<T>::rank_rows(r), pieces = Own<T>::kPieces;
+
+  // Cuts the rows, and gives each of `all` room for its sums.
+  Sums(const std::vector<Gradient>& group, std::vector<Backward<T>>& all, int64_t M, bool own) {
+    int64_t bytes = 0;
+    for (size_t n = 0; n < all.size(); ++n) {
+      Backward<T>& f = all[n];
+      // Our own products may keep the pieces of a rank apart.
+      int64_t rows = padded(f.r);
+      if constexpr (has_own<T>) {
+        rows = own ? Own<T>::rank_rows(f.r) : rows;
+        pieces_ = own ? Own<T>::kPieces : 1;
+      }
+      f.parts = {M, 1, group[n].x ? rows * f.a.stride : 0, group[n].s ? rows * f.b.stride : 0};
+      bytes += (f.parts.size_A + f.parts.size_B) * static_cast<int64_t>(sizeof(W));
+    }
+    for (Backward<T>& f : all) {
+      f.parts.count = partial_sums(M, bytes);
+      f.parts.data_A = room(f.parts.count * f.parts.size_A);
+      f.parts.data_B = room(f.parts.count * f.parts.size_B);
     }
   }
-  const int64_t size_A = x ? rows * a.stride : 0, size_B = s ? rows * b.stride : 0;
-  Parts<W> parts{M, partial_sums(M, (size_A + size_B) * static_cast<int64_t>(sizeof(W))), size_A, size_B};
-  const Buffer<W> partial_A(parts.count * size_A), partial_B(parts.count * size_B);
-  parts.data_A = partial_A.data(), parts.data_B = partial_B.data();
+
+  void reduce(const Backward<T>& f, const Gradient& g) const {
+    const Parts<W>& p = f.parts;
+    if (g.x) {
+      const Partial<W> sums{p.data_A, p.count, p.size_A, f.a.stride, 1, pieces_, f.r * f.a.stride, W(1)};
+      COLLM_DISPATCH(g.dA.scalar_type(), sums.template reduce_into<scalar_t>(g.dA));
+    }
+    if (g.s) {
+      const Partial<W> sums{p.data_B, p.count, p.size_B, 1, f.b.stride, pieces_, f.r * f.b.stride, f.scaling};
+      COLLM_DISPATCH(g.dB.scalar_type(), sums.template reduce_into<scalar_t>(g.dB));
+    }
+  }
+
+ private:
+  W* room(int64_t size) {
+    buffers_.emplace_back(size);
+    return buffers_.back().data();
+  }
+  int64_t pieces_ = 1;
+  std::vector<Buffer<W>> buffers_;
+};
+
+// dx where it is defined, and each projection's dA and dB, for the rows [M, N] of the gradients and [M, K] of x. dx is
+// one sum: of one product of our own, or of the vendor's products, each added to it.
+template <typename T>
+void backward_into(const Backwards& call, double scaling, double dropout_p) {
+  using W = typename Wide<T>::type;
+  const std::vector<Gradient>& group = call.group;
+  const std::optional<Tensor> dx = call.wanted_dx();
+  const int64_t M = group.front().grad.size(0), K = group.front().of.weight.size(1);
+  Factors<T> factors;
+  std::vector<Backward<T>> all;
+  std::vector<bool> reads;  // whether a projection has a pass over its rows
+  int64_t terms = 0;
+  bool begun = false;
+  for (const Gradient& g : group) {
+    Backward<T> f{};
+    f.grad = static_cast<const T*>(g.grad.data_ptr());
+    f.grad_stride = g.grad.stride(0), f.K = K, f.N = g.of.weight.size(0);
+    f.r = g.of.lora_A ? g.of.lora_A->size(0) : 0;
+    f.x = g.x ? static_cast<const T*>(g.x->data_ptr()) : nullptr;
+    f.x_stride = g.x ? g.x->stride(0) : 0;
+    f.s = g.s ? static_cast<const W*>(g.s->data_ptr()) : nullptr;
+    f.scaling = static_cast<W>(scaling), f.dropout = dropout(dropout_p, g.of.seed, g.of.stream);
+    f.dx = dx ? static_cast<T*>(dx->data_ptr()) : nullptr;
+    if (f.r > 0) {
+      f.a = factors.of_A(*g.of.lora_A), f.b = factors.of_B(*g.of.lora_B);
+      f.add = std::exchange(begun, true);
+    }
+    terms += f.N;
+    all.push_back(f);
+  }
+  const bool own = dx && Own<T>::serves(M, terms);
+  const Sums<T> sums(group, all, M, own);
   if constexpr (has_own<T>) {
     if (own) {
-      const Packed<T> packed(weight, 0, f.a, r);
-      Own<T>::backward(f, packed.right(), parts);
+      std::vector<Frozen> weights;
+      for (size_t n = 0; n < group.size(); ++n) {
+        weights.push_back({group[n].of.weight, all[n].a, all[n].r});
+      }
+      Own<T>::backward(all, weights);
     }
   }
   if (!own) {
     const auto run = Rows<T>::backward();
-    torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, all.front().parts.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
-        parts.clear(p);
-        run(f, parts.begin(p), parts.begin(p + 1), parts.A(p), parts.B(p));
+        for (const Backward<T>& f : all) {
+          f.parts.clear(p);
+          if (f.r > 0) {
+            run(f, f.parts.begin(p), f.parts.begin(p + 1), f.parts.A(p), f.parts.B(p));
+          }
+        }
       }
     });
-    if (dx && M > 0) {
+    for (size_t n = 0; dx && M > 0 && n < group.size(); ++n) {
       const std::array<int64_t, 2> flat{M, K};
-      add_product(torch::stable::view(*dx, flat), grad, weight);
+      const Tensor out = torch::stable::view(*dx, flat);
+      if (std::exchange(begun, true)) {
+        add_product(out, out, group[n].grad, group[n].of.weight);
+      } else {
+        set_product(out, group[n].grad, group[n].of.weight);
+      }
     }
   }
-  if (x) {
-    const Partial<W> sums{parts.data_A, parts.count, size_A, a.stride, 1, pieces, r * a.stride, W(1)};
-    COLLM_DISPATCH(dA.scalar_type(), sums.template reduce_into<scalar_t>(dA));
-  }
-  if (s) {
-    const Partial<W> sums{parts.data_B, parts.count, size_B, 1, b.stride, pieces, r * b.stride, f.scaling};
-    COLLM_DISPATCH(dB.scalar_type(), sums.template reduce_into<scalar_t>(dB));
+  for (size_t n = 0; n < group.size(); ++n) {
+    sums.reduce(all[n], group[n]);
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                             Tensor s, double scaling, double dropout_p, std::optional<Tensor> seed,
                                             int64_t stream, std::vector<bool> mask) {
-  check_backward(grad, x, weight, lora_A, lora_B, s, dropout_p, seed, stream, mask);
-  const int64_t N = weight.size(0), K = weight.size(1), r = lora_A.size(0);
-  const std::vector<int64_t> none{0};
-  Tensor dx = mask[0] ? new_rows(grad, leading(grad), K, grad.scalar_type()) : torch::stable::new_empty(grad, none);
-  Tensor dA = torch::stable::new_empty(lora_A, mask[1] ? std::vector<int64_t>{r, K} : none);
-  Tensor dB = torch::stable::new_empty(lora_B, mask[2] ? std::vector<int64_t>{N, r} : none);
-  const Tensor rows = as_rows(grad);
-  const std::optional<Tensor> v = mask[1] ? std::optional(as_rows(x)) : std::nullopt;
-  const std::optional<Tensor> h = mask[2] ? std::optional(packed_rows(s)) : std::nullopt;
-  const std::optional<Tensor> out = mask[0] ? std::optional(dx) : std::nullopt;
-  const Dropout d = dropout(dropout_p, seed, stream);
-  COLLM_DISPATCH(grad.scalar_type(),
-                 backward_into<scalar_t>(rows, v, weight, lora_A, lora_B, h, scaling, d, out, dA, dB));
-  return {dx, dA, dB};
+  check_backward({"lora_linear_backward"}, grad, x, weight, lora_A, lora_B, s, dropout_p, seed, stream, mask);
+  Backwards call(grad, weight, mask[0]);
+  call.add({weight, std::nullopt, lora_A, lora_B, seed, stream}, grad, x, s, mask[1], mask[2]);
+  COLLM_DISPATCH(grad.scalar_type(), backward_into<scalar_t>(call, scaling, dropout_p));
+  return {call.dx, call.group[0].dA, call.group[0].dB};
+}
+
+std::tuple<Tensor, Tensors, Tensors> backward_group(Tensors grads, Tensor x, Tensors weights, Tensors lora_As,
+                                                    Tensors lora_Bs, Tensors ss, double scaling, double dropout_p,
+                                                    Tensors seeds, std::vector<int64_t> streams, bool dx,
+                                                    std::vector<bool> dA, std::vector<bool> dB) {
+  const Masks masks{dropout_p, seeds, streams};
+  const Wanted wanted{dx, dA, dB};
+  check_group_backward(grads, x, weights, lora_As, lora_Bs, ss, masks, wanted);
+  const Backwards call = backwards_of(grads, x, weights, lora_As, lora_Bs, ss, masks, wanted);
+  COLLM_DISPATCH(call.dx.scalar_type(), backward_into<scalar_t>(call, scaling, dropout_p));
+  return call.results(lora_As, lora_Bs);
 }
 
 }  // namespace
@@ -397,4 +414,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight
 STABLE_TORCH_LIBRARY_IMPL(collm_fast, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&collm::lora::forward));
   m.impl("lora_linear_backward", TORCH_BOX(&collm::lora::backward));
+  m.impl("lora_linear_group", TORCH_BOX(&collm::lora::forward_group));
+  m.impl("lora_linear_group_backward", TORCH_BOX(&collm::lora::backward_group));
 }

@@ -250,11 +250,12 @@ COLLM_AVX512_INLINE void project(const T* v, int64_t v_stride, int64_t rows, con
   }
 }
 
-// out[i][k] = start[k] + sum_j s[i][j] factor[j][k] where kept, else 0: s [round_up(rows, 8)][rp]; start may be null.
+// out[i][k] = start[k] + sum_j s[i][j] factor[j][k] where kept, else 0, or that much more: s [round_up(rows, 8)][rp];
+// start may be null.
 template <typename T>
 COLLM_AVX512_INLINE void expand(const float* s, int64_t r, int64_t rp, int64_t rows, Factor<float> factor,
-                                const float* start, const uint16_t* keep, int64_t keep_stride, int64_t n, T* out,
-                                int64_t out_stride) {
+                                const float* start, const uint16_t* keep, int64_t keep_stride, int64_t n, bool add,
+                                T* out, int64_t out_stride) {
   for (int64_t i0 = 0; i0 < rows; i0 += 8) {
     for (int64_t k = 0; k < n; k += 32) {
       __m512 sum[8][2];
@@ -280,8 +281,12 @@ COLLM_AVX512_INLINE void expand(const float* s, int64_t r, int64_t rp, int64_t r
         if (i0 + i < rows) {
           const uint16_t* bits = keep + (i0 + i) * keep_stride + k / 16;
           T* to = out + (i0 + i) * out_stride + k;
-          store16(to, e0, _mm512_maskz_mov_ps(bits[0], sum[i][0]));
-          store16(to + 16, e1, _mm512_maskz_mov_ps(bits[1], sum[i][1]));
+          __m512 v0 = _mm512_maskz_mov_ps(bits[0], sum[i][0]), v1 = _mm512_maskz_mov_ps(bits[1], sum[i][1]);
+          if (add) {
+            v0 = _mm512_add_ps(v0, load16(to, e0)), v1 = _mm512_add_ps(v1, load16(to + 16, e1));
+          }
+          store16(to, e0, v0);
+          store16(to + 16, e1, v1);
         }
       }
     }
@@ -352,7 +357,7 @@ COLLM_AVX512_INLINE void forward_rows(const Forward<T>& f, int64_t begin, int64_
     project_x(f, m, rows, s);
     for (int64_t k = 0; k < f.N; k += kColumns) {
       const int64_t n = std::min(kColumns, f.N - k);
-      expand<T>(s, f.r, rp, rows, {f.b.data + k, f.b.stride}, f.bias + k, all, 0, n, f.y + m * f.N + k, f.N);
+      expand<T>(s, f.r, rp, rows, {f.b.data + k, f.b.stride}, f.bias + k, all, 0, n, false, f.y + m * f.N + k, f.N);
     }
   }
 }
@@ -419,7 +424,8 @@ COLLM_AVX512_INLINE void backward_rows(const Backward<T>& f, int64_t begin, int6
         outer(ds, rp, f.x + m * f.x_stride + k, f.x_stride, rows, keep, kWords, n, dA + k, f.a.stride);
       }
       if (f.dx != nullptr) {
-        expand<T>(ds, f.r, rp, rows, {f.a.data + k, f.a.stride}, nullptr, keep, kWords, n, f.dx + m * f.K + k, f.K);
+        T* dx = f.dx + m * f.K + k;
+        expand<T>(ds, f.r, rp, rows, {f.a.data + k, f.a.stride}, nullptr, keep, kWords, n, f.add, dx, f.K);
       }
     }
   }

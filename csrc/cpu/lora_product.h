@@ -9,6 +9,9 @@
 #include "isa.h"
 #include "lora_avx512.h"
 
+#include <utility>
+#include <vector>
+
 #if defined(COLLM_X86)
 
 namespace collm::lora::product {
@@ -23,35 +26,43 @@ constexpr int64_t kMaxTerms = 960;       // longer sums leave the cache, and row
 constexpr int64_t kRun = 320;            // terms summed apart
 constexpr int64_t kAhead = 24 * kPanel;  // what of a panel is asked for before it is used: 24 steps
 
-// The frozen factor [terms, outputs], packed: [panels][terms][48], zero past the outputs.
+// Where the terms of one projection lie among those of a right factor, and its rank.
+struct Part {
+  int64_t terms, r, first;
+};
+
+// The frozen factor [terms, outputs], packed: [panels][terms][48], zero past the outputs. Those of the projections of a
+// group stand one below the other: dx is one product of [dy_0 | dy_1 | ...] by them.
 struct Right {
   using Word = float;
-  int64_t terms, outputs, r;
+  int64_t outputs, terms = 0;
   const float* data = nullptr;
 
   static bool serves(int64_t terms) { return isa() == Isa::avx512 && terms <= kMaxTerms; }
+  Part add(int64_t more, int64_t r) { return {more, r, std::exchange(terms, terms + more)}; }
   int64_t panels() const { return round_up(outputs, kPanel) / kPanel; }
   int64_t size() const { return panels() * terms * kPanel; }
-  int64_t scratch_size() const { return kBlockRows * padded(r); }
   const float* panel(int64_t p) const { return data + p * terms * kPanel; }
 };
 
-// The panels begin .. end - 1 of a factor one of whose strides is 1, into `data`. The rank's factor stays outside.
+// The panels begin .. end - 1 of a factor one of whose strides is 1, into its part of `data`. The rank's factor stays
+// outside.
 COLLM_AVX512 inline void pack(const float* w, int64_t term_stride, int64_t output_stride, Factor<float>,
-                              const Right& right, int64_t begin, int64_t end, float* data) {
-  const int64_t terms = right.terms, outputs = right.outputs;
+                              const Right& right, const Part& part, int64_t begin, int64_t end, float* data) {
+  const int64_t terms = part.terms, outputs = right.outputs, panel = right.terms * kPanel;
+  data += part.first * kPanel;
   if (output_stride == 1) {
     // Row by row of the factor, as it lies in memory.
     for (int64_t t = 0; t < terms; ++t) {
       for (int64_t o = begin * kPanel; o < end * kPanel; o += 16) {
-        float* to = data + o / kPanel * terms * kPanel + t * kPanel + o % kPanel;
+        float* to = data + o / kPanel * panel + t * kPanel + o % kPanel;
         _mm512_store_ps(to, _mm512_maskz_loadu_ps(first(outputs - o), w + t * term_stride + o));
       }
     }
     return;
   }
   for (int64_t o = begin * kPanel; o < end * kPanel; o += 16) {
-    float* to = data + o / kPanel * terms * kPanel + o % kPanel;
+    float* to = data + o / kPanel * panel + o % kPanel;
     for (int64_t t = 0; t < terms; t += 16) {
       __m512i v[16];
 #pragma GCC unroll 16
@@ -71,37 +82,44 @@ COLLM_AVX512 inline void pack(const float* w, int64_t term_stride, int64_t outpu
   }
 }
 
-// Up to kBlockRows rows of one product.
-struct Block {
+// What one projection brings to the product of up to kBlockRows rows.
+struct Side {
   const float* left;
-  int64_t left_stride, rows;
-  Right right;
-  const float* start;    // [outputs], null: zero
+  int64_t left_stride;
+  Part part;
   const float* s;        // [round_up(rows, 8)][rp]
   Factor<float> factor;  // s factor is added where `keep` has a bit
   const uint16_t* keep;  // null: everywhere
   int64_t keep_stride;
-  float* out;  // [rows][outputs]
 };
 
-// The sums of kSub rows by one panel before the product: the bias and the low-rank part, masked.
-COLLM_AVX512_INLINE void start_sums(const Block& p, int64_t row, int64_t o, __m512 (&sum)[kSub][3]) {
+struct Block {
+  const Side* sides;
+  int64_t count, rows;
+  Right right;
+  const float* start;  // [outputs], null: zero
+  float* out;          // [rows][outputs]
+};
+
+// The sums of kSub rows by one panel from `start` (null: zero) on: the low-rank part, masked.
+COLLM_AVX512_INLINE void start_sums(const Side& p, int64_t outputs, const float* start, int64_t row, int64_t o,
+                                    __m512 (&sum)[kSub][3]) {
 #pragma GCC unroll 3
   for (int v = 0; v < 3; ++v) {
-    const __m512 value = p.start ? _mm512_maskz_loadu_ps(first(p.right.outputs - o - 16 * v), p.start + o + 16 * v)
-                                 : _mm512_setzero_ps();
+    const __m512 value =
+        start ? _mm512_maskz_loadu_ps(first(outputs - o - 16 * v), start + o + 16 * v) : _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int i = 0; i < kSub; ++i) {
       sum[i][v] = value;
     }
   }
-  const int64_t rp = padded(p.right.r);
+  const int64_t rp = padded(p.part.r);
   const float* s = p.s + row * rp;
-  for (int64_t j = 0; j < p.right.r; ++j) {
+  for (int64_t j = 0; j < p.part.r; ++j) {
     const float* f = p.factor.data + j * p.factor.stride + o;
-    const __m512 f0 = _mm512_maskz_loadu_ps(first(p.right.outputs - o), f);
-    const __m512 f1 = _mm512_maskz_loadu_ps(first(p.right.outputs - o - 16), f + 16);
-    const __m512 f2 = _mm512_maskz_loadu_ps(first(p.right.outputs - o - 32), f + 32);
+    const __m512 f0 = _mm512_maskz_loadu_ps(first(outputs - o), f);
+    const __m512 f1 = _mm512_maskz_loadu_ps(first(outputs - o - 16), f + 16);
+    const __m512 f2 = _mm512_maskz_loadu_ps(first(outputs - o - 32), f + 32);
 #pragma GCC unroll 8
     for (int i = 0; i < kSub; ++i) {
       const __m512 c = _mm512_set1_ps(s[i * rp + j]);
@@ -110,7 +128,7 @@ COLLM_AVX512_INLINE void start_sums(const Block& p, int64_t row, int64_t o, __m5
       sum[i][2] = _mm512_fmadd_ps(c, f2, sum[i][2]);
     }
   }
-  if (p.keep != nullptr) {
+  if (p.keep != nullptr && p.part.r > 0) {
 #pragma GCC unroll 8
     for (int i = 0; i < kSub; ++i) {
       const uint16_t* bits = p.keep + (row + i) * p.keep_stride + o / 16;
@@ -143,37 +161,46 @@ COLLM_AVX512_INLINE void set_aside(__m512 (&sum)[kSub][3], float (&total)[kSub][
 }
 
 COLLM_AVX512_INLINE void multiply_panel(const Block& p, int64_t row, int64_t panel) {
-  const int64_t o = panel * kPanel, rows = std::min(kSub, p.rows - row);
+  const int64_t o = panel * kPanel, rows = std::min(kSub, p.rows - row), outputs = p.right.outputs;
   __m512 sum[kSub][3];
-  start_sums(p, row, o, sum);
-  // A row that does not exist repeats the last one, and is not written.
-  const float* left[kSub];
-#pragma GCC unroll 8
-  for (int i = 0; i < kSub; ++i) {
-    left[i] = p.left + (row + std::min<int64_t>(i, rows - 1)) * p.left_stride;
-  }
-  const float* right = p.right.panel(panel);
   alignas(64) float total[kSub][kPanel];
-  // Runs of terms are summed apart, as a vendor's product does: the rounding error grows with the longest run.
-  const int64_t terms = p.right.terms, runs = std::max<int64_t>(1, (terms + kRun - 1) / kRun);
-  for (int64_t run = 0; run < runs; ++run) {
-    if (run > 0) {
-      set_aside(sum, total, run == 1);
+  bool aside = false;
+  for (int64_t n = 0; n < p.count; ++n) {
+    if (n > 0) {
+      set_aside(sum, total, !std::exchange(aside, true));
     }
-    const int64_t end = terms * (run + 1) / runs;
-    for (int64_t t = terms * run / runs; t < end; ++t, right += kPanel) {
-      ask_for(right + kAhead);
-      const __m512 w0 = _mm512_load_ps(right), w1 = _mm512_load_ps(right + 16), w2 = _mm512_load_ps(right + 32);
+    start_sums(p.sides[n], outputs, n == 0 ? p.start : nullptr, row, o, sum);
+  }
+  for (int64_t n = 0; n < p.count; ++n) {
+    const Side& side = p.sides[n];
+    // A row that does not exist repeats the last one, and is not written.
+    const float* left[kSub];
 #pragma GCC unroll 8
-      for (int i = 0; i < kSub; ++i) {
-        const __m512 c = _mm512_set1_ps(left[i][t]);
-        sum[i][0] = _mm512_fmadd_ps(c, w0, sum[i][0]);
-        sum[i][1] = _mm512_fmadd_ps(c, w1, sum[i][1]);
-        sum[i][2] = _mm512_fmadd_ps(c, w2, sum[i][2]);
+    for (int i = 0; i < kSub; ++i) {
+      left[i] = side.left + (row + std::min<int64_t>(i, rows - 1)) * side.left_stride;
+    }
+    const float* right = p.right.panel(panel) + side.part.first * kPanel;
+    // Runs of terms are summed apart, as a vendor's product does: the rounding error grows with the longest run.
+    const int64_t terms = side.part.terms, runs = std::max<int64_t>(1, (terms + kRun - 1) / kRun);
+    for (int64_t run = 0; run < runs; ++run) {
+      if (n > 0 || run > 0) {
+        set_aside(sum, total, !std::exchange(aside, true));
+      }
+      const int64_t end = terms * (run + 1) / runs;
+      for (int64_t t = terms * run / runs; t < end; ++t, right += kPanel) {
+        ask_for(right + kAhead);
+        const __m512 w0 = _mm512_load_ps(right), w1 = _mm512_load_ps(right + 16), w2 = _mm512_load_ps(right + 32);
+#pragma GCC unroll 8
+        for (int i = 0; i < kSub; ++i) {
+          const __m512 c = _mm512_set1_ps(left[i][t]);
+          sum[i][0] = _mm512_fmadd_ps(c, w0, sum[i][0]);
+          sum[i][1] = _mm512_fmadd_ps(c, w1, sum[i][1]);
+          sum[i][2] = _mm512_fmadd_ps(c, w2, sum[i][2]);
+        }
       }
     }
   }
-  if (runs > 1) {
+  if (aside) {
     set_aside(sum, total, false);
 #pragma GCC unroll 8
     for (int i = 0; i < kSub; ++i) {
@@ -188,8 +215,8 @@ COLLM_AVX512_INLINE void multiply_panel(const Block& p, int64_t row, int64_t pan
     if (i < rows) {
 #pragma GCC unroll 3
       for (int v = 0; v < 3; ++v) {
-        float* to = p.out + (row + i) * p.right.outputs + o + 16 * v;
-        _mm512_mask_storeu_ps(to, first(p.right.outputs - o - 16 * v), sum[i][v]);
+        float* to = p.out + (row + i) * outputs + o + 16 * v;
+        _mm512_mask_storeu_ps(to, first(outputs - o - 16 * v), sum[i][v]);
       }
     }
   }
@@ -203,32 +230,45 @@ COLLM_AVX512_INLINE void multiply(const Block& p) {
   }
 }
 
-// y and s for the rows begin .. end - 1.
-COLLM_AVX512 inline void forward_rows(const Forward<float>& f, const Right& right, int64_t begin, int64_t end,
-                                      float* s) {
+// y and s for the rows begin .. end - 1; s has room for kBlockRows rows.
+COLLM_AVX512 inline void forward_rows(const Forward<float>& f, const Right& right, const Part& part, int64_t begin,
+                                      int64_t end, float* s) {
   const int64_t rp = padded(f.r);
   for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
     const int64_t last = std::min(m0 + kBlockRows, end);
-    for (int64_t m = m0; m < last; m += kRows) {
+    for (int64_t m = m0; m < last && f.r > 0; m += kRows) {
       avx512::project_x(f, m, std::min(kRows, last - m), s + (m - m0) * rp);
     }
-    multiply({f.x + m0 * f.x_stride, f.x_stride, last - m0, right, f.bias, s, f.b, nullptr, 0, f.y + m0 * f.N});
+    const Side side{f.x + m0 * f.x_stride, f.x_stride, part, s, f.b, nullptr, 0};
+    multiply({&side, 1, last - m0, right, f.bias, f.y + m0 * f.N});
   }
 }
 
-// dx and what the rows begin .. end - 1 add to dA and dB^T; keep holds kBlockRows rows.
-COLLM_AVX512 inline void backward_rows(const Backward<float>& f, const Right& right, int64_t begin, int64_t end,
-                                       float* dA, float* dB, float* ds, uint16_t* keep) {
-  const int64_t rp = padded(f.r), stride = avx512::keep_stride(f.K);
-  for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
+// dx and the sums of dA and dB^T of one part of the rows. ds and keep have room for kBlockRows rows of each projection.
+COLLM_AVX512 inline void backward_rows(const std::vector<Backward<float>>& group, const Right& right,
+                                       const std::vector<Part>& places, int64_t part, float* ds, uint16_t* keep) {
+  const Backward<float>& any = group.front();
+  const int64_t stride = avx512::keep_stride(any.K), end = any.parts.begin(part + 1);
+  std::vector<Side> sides(group.size());
+  for (int64_t m0 = any.parts.begin(part); m0 < end; m0 += kBlockRows) {
     const int64_t last = std::min(m0 + kBlockRows, end);
-    for (int64_t m = m0; m < last; m += kRows) {
-      const int64_t rows = std::min(kRows, last - m);
-      avx512::project_grad(f, m, rows, ds + (m - m0) * rp, dB);
-      avx512::mask_x(f, m, rows, ds + (m - m0) * rp, keep + (m - m0) * stride, dA);
+    float* coefficients = ds;
+    uint16_t* bits = keep;
+    for (size_t n = 0; n < group.size(); ++n) {
+      const Backward<float>& f = group[n];
+      const int64_t rp = padded(f.r);
+      for (int64_t m = m0; m < last && f.r > 0; m += kRows) {
+        const int64_t rows = std::min(kRows, last - m);
+        float* to = coefficients + (m - m0) * rp;
+        avx512::project_grad(f, m, rows, to, f.parts.B(part));
+        avx512::mask_x(f, m, rows, to, bits + (m - m0) * stride, f.parts.A(part));
+      }
+      sides[n] = {f.grad + m0 * f.grad_stride, f.grad_stride, places[n], coefficients, f.a, bits, stride};
+      coefficients += kBlockRows * rp;
+      bits += kBlockRows * stride;
     }
-    multiply({f.grad + m0 * f.grad_stride, f.grad_stride, last - m0, right, nullptr, ds, f.a, keep, stride,
-              f.dx + m0 * f.K});
+    const int64_t count = static_cast<int64_t>(group.size());
+    multiply({sides.data(), count, last - m0, right, nullptr, any.dx + m0 * any.K});
   }
 }
 

@@ -45,6 +45,7 @@ struct Factor {
   int64_t stride;
 };
 
+// One projection of a forward; r is 0 where it has no adapter.
 template <typename T>
 struct Forward {
   using W = typename Wide<T>::type;
@@ -56,20 +57,6 @@ struct Forward {
   Dropout dropout;
   T* y;
   W* s;
-};
-
-template <typename T>
-struct Backward {
-  using W = typename Wide<T>::type;
-  const T *grad, *x;  // x null: dA is not wanted
-  int64_t grad_stride, x_stride, K, N, r;
-  Factor<W> a, b;  // A and B^T
-  const W* s;      // [M][r]; null: dB is not wanted
-  W scaling;
-  Dropout dropout;
-  T* dx;  // [M][K], null: not wanted
-
-  bool wants_ds() const { return dx != nullptr || x != nullptr; }
 };
 
 // The rows of a backward in parts, each with sums of its own of dA and dB^T; they are cut by the shapes alone.
@@ -85,6 +72,23 @@ struct Parts {
     std::fill_n(A(part), size_A, W(0));
     std::fill_n(B(part), size_B, W(0));
   }
+};
+
+// One projection of a backward. Those of a group share their rows, K and dx.
+template <typename T>
+struct Backward {
+  using W = typename Wide<T>::type;
+  const T *grad, *x;  // x null: dA is not wanted
+  int64_t grad_stride, x_stride, K, N, r;
+  Factor<W> a, b;  // A and B^T
+  const W* s;      // [M][r]; null: dB is not wanted
+  W scaling;
+  Dropout dropout;
+  T* dx;           // [M][K], null: not wanted
+  bool add;        // to what the projections before gave dx; our own products sum over all of them instead
+  Parts<W> parts;  // of dA and dB
+
+  bool wants_ds() const { return dx != nullptr || x != nullptr; }
 };
 
 COLLM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -333,8 +337,15 @@ COLLM_INLINE void backward_rows(const Backward<T>& f, int64_t begin, int64_t end
       for (int64_t i = 0; i < rows; ++i) {
         const uint8_t* row = keep + i * kColumns;
         T* to = f.dx + (m + i) * f.K + k;
+        W* from = v + i * kColumns;
+        for (int64_t c = 0; has_mask && c < n; ++c) {
+          from[c] = row[c] ? from[c] : W(0);
+        }
+        for (int64_t c = 0; f.add && c < n; ++c) {
+          from[c] += widen(to[c]);
+        }
         for (int64_t c = 0; c < n; ++c) {
-          to[c] = narrow<T, W>(!has_mask || row[c] ? v[i * kColumns + c] : W(0));
+          to[c] = narrow<T, W>(from[c]);
         }
       }
     }

@@ -219,19 +219,15 @@ struct Outer {
 };
 
 // Numbers of 16 bits that a call works in: the left factor where it is packed, the rank's steps, a mask of kRows rows.
-inline int64_t forward_scratch(const Right& right) {
-  return kBlockRows * right.all() * kStep + kRows * avx512::keep_stride(right.terms);
-}
-// The same with the mask of all rows, and s and ds transposed.
-inline int64_t backward_scratch(const Right& right, const RankRight& rank) {
-  return kBlockRows * (right.all() * kStep + 2 * rank.width() + avx512::keep_stride(right.outputs));
+inline int64_t forward_scratch(const Right& right, int64_t K) {
+  return kBlockRows * right.all() * kStep + kRows * avx512::keep_stride(K);
 }
 
 // y = [x | scaling s] [W | B]^T + b and s for the rows begin .. end - 1.
-COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& right, const RankRight& rank,
-                                     int64_t begin, int64_t end, uint16_t* scratch) {
+COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& right, const Part& part,
+                                     const RankRight& rank, int64_t begin, int64_t end, uint16_t* scratch) {
   const int64_t rp = padded(f.r), stride = avx512::keep_stride(f.K);
-  uint16_t *added = scratch + kBlockRows * right.steps() * kStep, *keep = added + kBlockRows * right.added() * kStep;
+  uint16_t *added = scratch + kBlockRows * right.steps * kStep, *keep = added + kBlockRows * right.added * kStep;
   alignas(64) float s[kRows * kMaxRank], pieces[kRows * kPieces * kMaxRank];
   alignas(64) uint16_t masked[2][2 * kTile];
   Left left[kBlockRows / kRows];
@@ -241,8 +237,12 @@ COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& ri
     for (int64_t m = m0; m < last; m += kRows) {
       const int64_t rows = std::min(kRows, last - m), block = (m - m0) / kRows;
       const BFloat16* x = f.x + m * f.x_stride;
+      if (f.r == 0) {
+        left[block] = left_of(x, f.x_stride, rows, f.K, scratch + block * right.steps * 2 * kTile);
+        continue;
+      }
       avx512::draw_keep<BFloat16>(f.dropout, static_cast<uint64_t>(m), rows, 0, f.K, keep, stride, {x, f.x_stride});
-      left[block] = left_of(x, f.x_stride, rows, f.K, scratch + block * right.steps() * 2 * kTile);
+      left[block] = left_of(x, f.x_stride, rows, f.K, scratch + block * right.steps * 2 * kTile);
       const auto mask = [&](int64_t step) COLLM_TILES {
         mask_step(x, f.x_stride, rows, keep, stride, step * kStep, masked[step % 2]);
         return Left::packed(masked[step % 2]);
@@ -254,49 +254,65 @@ COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& ri
       for (int64_t i = 0; i < kRows * rp; ++i) {
         s[i] *= f.scaling;
       }
-      pack_left_added(s, f.r, rp, right.added(), added + block * right.added() * 2 * kTile);
+      pack_left_added(s, f.r, rp, right.added, added + block * right.added * 2 * kTile);
     }
-    multiply({left, added, right, last - m0, f.bias, nullptr, 0, f.y + m0 * f.N});
+    const Side side{left, added, part, nullptr, 0};
+    multiply({&side, 1, right, last - m0, f.bias, nullptr, f.y + m0 * f.N});
   }
   _tile_release();
 }
 
-// Where the passes of a backward leave what the product and the sums over the rows read.
+// Where the passes of a backward leave what the product and the sums over the rows read, for one projection.
 struct Work {
-  int64_t width, keep_stride;
-  uint16_t *packed, *added, *s, *ds, *keep;
+  Part part;
+  RankRight rank;
+  int64_t keep_stride;
+  uint16_t *packed = nullptr, *added = nullptr, *s = nullptr, *ds = nullptr, *keep = nullptr;
   Left left[kBlockRows / kRows];
 
-  Work(const Right& right, const RankRight& rank, uint16_t* scratch)
-      : width(rank.width()), keep_stride(avx512::keep_stride(right.outputs)) {
-    packed = scratch;
-    added = packed + kBlockRows * right.steps() * kStep;
-    s = added + kBlockRows * right.added() * kStep;
-    ds = s + kBlockRows * width;
-    keep = ds + kBlockRows * width;
+  Work(const Part& part, const RankRight& rank, int64_t K)
+      : part(part), rank(rank), keep_stride(avx512::keep_stride(K)) {}
+
+  // Numbers of 16 bits: the left factor where it is packed, the rank's steps, s and ds transposed, the mask.
+  int64_t scratch() const {
+    return kBlockRows * ((part.steps() + part.added()) * kStep + 2 * rank.width() + keep_stride);
+  }
+  // Takes them from `memory`; returns what follows.
+  uint16_t* place(uint16_t* memory) {
+    packed = memory;
+    added = packed + kBlockRows * part.steps() * kStep;
+    s = added + kBlockRows * part.added() * kStep;
+    ds = s + kBlockRows * rank.width();
+    keep = ds + kBlockRows * rank.width();
+    return memory + scratch();
   }
 };
 
 // The rows begin .. last - 1 of the block from m0 on: where dy is, ds beside it and transposed, s transposed, the mask.
-COLLM_TILES_INLINE void prepare(const Backward<BFloat16>& f, const Right& right, const RankRight& rank, int64_t m0,
-                                int64_t begin, int64_t last, Work& work) {
-  const int64_t rp = padded(f.r);
+COLLM_TILES_INLINE void prepare(const Backward<BFloat16>& f, int64_t m0, int64_t begin, int64_t last, Work& work) {
+  const int64_t rp = padded(f.r), steps = work.part.steps(), added = work.part.added(), width = work.rank.width();
   alignas(64) float ds[kRows * kMaxRank], pieces[kRows * kPieces * kMaxRank];
   for (int64_t m = begin; m < last; m += kRows) {
     const int64_t rows = std::min(kRows, last - m), block = (m - m0) / kRows;
     const BFloat16* grad = f.grad + m * f.grad_stride;
     Left& left = work.left[block];
-    left = left_of(grad, f.grad_stride, rows, f.N, work.packed + block * right.steps() * 2 * kTile);
+    left = left_of(grad, f.grad_stride, rows, f.N, work.packed + block * steps * 2 * kTile);
+    if (f.r == 0) {
+      continue;
+    }
     const auto find = [&](int64_t step)
                           COLLM_TILES { return Left{left.first + step * left.step, 0, left.below, left.row_bytes}; };
-    project(find, rank, f.scaling * static_cast<float>(f.dropout.scale), rp, pieces, ds);
-    pack_left_added(ds, f.r, rp, right.added(), work.added + block * right.added() * 2 * kTile);
+    project(find, work.rank, f.scaling * static_cast<float>(f.dropout.scale), rp, pieces, ds);
+    pack_left_added(ds, f.r, rp, added, work.added + block * added * 2 * kTile);
     if (f.x != nullptr) {
-      pack_rank_left(ds, rows, f.r, rp, work.width, work.ds + (m - m0) * work.width);
+      pack_rank_left(ds, rows, f.r, rp, width, work.ds + (m - m0) * width);
     }
     if (f.s != nullptr) {
-      pack_rank_left(f.s + m * f.r, rows, f.r, f.r, work.width, work.s + (m - m0) * work.width);
+      pack_rank_left(f.s + m * f.r, rows, f.r, f.r, width, work.s + (m - m0) * width);
     }
+  }
+  if (f.r == 0) {
+    return;
   }
   const BFloat16* x = f.x == nullptr ? nullptr : f.x + begin * f.x_stride;
   avx512::draw_keep<BFloat16>(f.dropout, static_cast<uint64_t>(begin), last - begin, 0, f.K,
@@ -306,9 +322,9 @@ COLLM_TILES_INLINE void prepare(const Backward<BFloat16>& f, const Right& right,
 // What the same rows add to dB^T and dA.
 COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_t begin, int64_t last, const Work& work,
                                  bool fresh, float* dA, float* dB) {
-  const int64_t row_blocks = (last - begin + kRows - 1) / kRows, done = begin - m0;
+  const int64_t row_blocks = (last - begin + kRows - 1) / kRows, done = begin - m0, width = work.rank.width();
   if (f.s != nullptr) {
-    const Outer outer{work.s + done * work.width, work.width, row_blocks, f.N, dB, f.b.stride, fresh};
+    const Outer outer{work.s + done * width, width, row_blocks, f.N, dB, f.b.stride, fresh};
     outer.add([&](int64_t block, int64_t i, int64_t t) COLLM_TILES {
       const Left& left = work.left[done / kRows + block];
       const uint16_t* tile = left.first + t / kStep * left.step + i / 16 * left.below;
@@ -316,7 +332,7 @@ COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_
     });
   }
   if (f.x != nullptr) {
-    const Outer outer{work.ds + done * work.width, work.width, row_blocks, f.K, dA, f.a.stride, fresh};
+    const Outer outer{work.ds + done * width, width, row_blocks, f.K, dA, f.a.stride, fresh};
     outer.add([&](int64_t block, int64_t i, int64_t t) COLLM_TILES {
       const int64_t row = block * kRows + i;
       uint32_t bits = 0;
@@ -328,23 +344,33 @@ COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_
   }
 }
 
-// dx = dy W + mask (ds A) for the parts begin .. end - 1, and their sums of dA and dB^T, each in kPieces times r rows.
-COLLM_TILES inline void backward_rows(const Backward<BFloat16>& f, const Right& right, const RankRight& rank,
-                                      int64_t begin, int64_t end, const Parts<float>& parts, uint16_t* scratch) {
-  Work work(right, rank, scratch);
+// dx = sum over the projections of dy W + mask (ds A) for the parts begin .. end - 1 of the rows, and the parts' sums
+// of dA and dB^T, each in kPieces times r rows. `masked` has room for [2][projections][1024] sums.
+COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& group, const Right& right,
+                                      std::vector<Work>& works, int64_t begin, int64_t end, float* masked) {
+  const Backward<BFloat16>& any = group.front();
+  const int64_t count = static_cast<int64_t>(group.size());
   // So many rows of x and dy stay in the second-level cache until they are read a second time.
   constexpr int64_t kSumBytes = int64_t{256} << 10;
-  const int64_t run = std::clamp<int64_t>(kSumBytes / (2 * (f.K + f.N)) / kRows, 2, kBlockRows / kRows) * kRows;
+  std::vector<Side> sides;
+  for (const Work& work : works) {
+    sides.push_back({work.left, work.added, work.part, work.keep, work.keep_stride});
+  }
   configure();
   for (int64_t part = begin; part < end; ++part) {
-    for (int64_t m0 = parts.begin(part); m0 < parts.begin(part + 1); m0 += kBlockRows) {
-      const int64_t last = std::min(m0 + kBlockRows, parts.begin(part + 1));
-      for (int64_t m = m0; m < last; m += run) {
-        const int64_t end_of_run = std::min(m + run, last);
-        prepare(f, right, rank, m0, m, end_of_run, work);
-        add_sums(f, m0, m, end_of_run, work, m == parts.begin(part), parts.A(part), parts.B(part));
+    const int64_t first = any.parts.begin(part), stop = any.parts.begin(part + 1);
+    for (int64_t m0 = first; m0 < stop; m0 += kBlockRows) {
+      const int64_t last = std::min(m0 + kBlockRows, stop);
+      for (int64_t n = 0; n < count; ++n) {
+        const Backward<BFloat16>& f = group[n];
+        const int64_t run = std::clamp<int64_t>(kSumBytes / (2 * (f.K + f.N)) / kRows, 2, kBlockRows / kRows) * kRows;
+        for (int64_t m = m0; m < last; m += run) {
+          const int64_t end_of_run = std::min(m + run, last);
+          prepare(f, m0, m, end_of_run, works[n]);
+          add_sums(f, m0, m, end_of_run, works[n], m == first, f.parts.A(part), f.parts.B(part));
+        }
       }
-      multiply({work.left, work.added, right, last - m0, nullptr, work.keep, work.keep_stride, f.dx + m0 * f.K});
+      multiply({sides.data(), count, right, last - m0, nullptr, masked, any.dx + m0 * any.K});
     }
   }
   _tile_release();

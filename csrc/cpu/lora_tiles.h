@@ -14,6 +14,9 @@
 #include "lora_avx512.h"
 #include "tile_checks.h"
 
+#include <utility>
+#include <vector>
+
 #if defined(COLLM_X86)
 
 #define COLLM_TILES \
@@ -35,17 +38,29 @@ constexpr int64_t kParts = 3;        // products of high and low halves: high hi
 
 COLLM_INLINE int64_t steps_of(int64_t terms) { return round_up(terms, kStep) / kStep; }
 
-// The right factor in tiles: [panels][steps + added][2][16][16][2], the rank's steps after the frozen ones.
+// Where the steps of one projection lie in a panel of a right factor: the frozen ones, and the rank's among those.
+struct Part {
+  int64_t terms, r, first, first_added;
+
+  int64_t steps() const { return steps_of(terms); }
+  int64_t added() const { return steps_of(kParts * r); }
+};
+
+// The right factor in tiles: [panels][steps + added][2][16][16][2], the ranks' steps after the frozen ones. Those of
+// the projections of a group stand one below the other: dx is one product of [dy_0 | dy_1 | ...] by them.
 struct Right {
   using Word = uint16_t;
-  int64_t terms, outputs, r;
+  int64_t outputs, steps = 0, added = 0;
   const uint16_t* data = nullptr;
 
   static bool serves(int64_t) { return has_tiles(); }
+  Part add(int64_t terms, int64_t r) {
+    const Part part{terms, r, steps, added};
+    steps += part.steps(), added += part.added();
+    return part;
+  }
   int64_t panels() const { return steps_of(outputs); }
-  int64_t steps() const { return steps_of(terms); }
-  int64_t added() const { return steps_of(kParts * r); }
-  int64_t all() const { return steps() + added(); }
+  int64_t all() const { return steps + added; }
   int64_t size() const { return panels() * all() * 2 * kTile; }
   const uint16_t* panel(int64_t p) const { return data + p * all() * 2 * kTile; }
 };
@@ -149,21 +164,24 @@ COLLM_TILES_INLINE void pack_added(Factor<float> factor, int64_t r, int64_t term
   }
 }
 
-// The panels begin .. end - 1 of a factor one of whose strides is 1, and of the rank's factor, into `data`.
+// The panels begin .. end - 1 of a factor one of whose strides is 1, and of the rank's factor, into its part of `data`.
 COLLM_TILES inline void pack(const BFloat16* weight, int64_t term_stride, int64_t output_stride, Factor<float> factor,
-                             const Right& right, int64_t begin, int64_t end, uint16_t* data) {
+                             const Right& right, const Part& part, int64_t begin, int64_t end, uint16_t* data) {
   const uint16_t* w = reinterpret_cast<const uint16_t*>(weight);
-  uint16_t* out = data + begin * right.all() * 2 * kTile;
   for (int64_t p = begin; p < end; ++p) {
-    for (int64_t t = 0; t < right.all() * kStep; t += kStep) {
-      const int64_t terms = right.terms - t;
+    uint16_t* panel = data + p * right.all() * 2 * kTile;
+    uint16_t* out = panel + part.first * 2 * kTile;
+    for (int64_t t = 0; t < part.steps() * kStep; t += kStep) {
       for (int64_t o = p * kPanel; o < (p + 1) * kPanel; o += 16, out += kTile) {
-        if (terms > 0) {
-          ask_for_tile(w + t * term_stride + (o + kPanel) * output_stride, term_stride, output_stride);
-          pack_tile(w + t * term_stride + o * output_stride, term_stride, output_stride, terms, right.outputs - o, out);
-        } else {
-          pack_added(factor, right.r, t - right.steps() * kStep, o, out);
-        }
+        ask_for_tile(w + t * term_stride + (o + kPanel) * output_stride, term_stride, output_stride);
+        pack_tile(w + t * term_stride + o * output_stride, term_stride, output_stride, part.terms - t,
+                  right.outputs - o, out);
+      }
+    }
+    out = panel + (right.steps + part.first_added) * 2 * kTile;
+    for (int64_t t = 0; t < part.added() * kStep; t += kStep) {
+      for (int64_t o = p * kPanel; o < (p + 1) * kPanel; o += 16, out += kTile) {
+        pack_added(factor, part.r, t, o, out);
       }
     }
   }
@@ -261,21 +279,31 @@ COLLM_TILES_INLINE void store_sums(float* sums) {
   _tile_stored(3, sums + 768, 64);
 }
 
-// Up to kBlockRows rows against all panels of the right factor.
-struct Product {
+// What one projection brings to the product of up to kBlockRows rows.
+struct Side {
   const Left* left;       // [rows / kRows]
-  const uint16_t* added;  // the rank's steps of the same rows, packed: [rows / kRows][added]
-  Right right;
-  int64_t rows;
-  const float* start;    // [outputs], null: zero
+  const uint16_t* added;  // the rank's steps of the same rows, packed: [rows / kRows][part.added()]
+  Part part;
   const uint16_t* keep;  // null: the added terms are part of the sum; else a bit for each output that they may reach
   int64_t keep_stride;
-  BFloat16* out;  // [rows][outputs]
+
+  bool masks() const { return keep != nullptr && part.r > 0; }
+};
+
+// Up to kBlockRows rows against all panels of the right factor.
+struct Product {
+  const Side* sides;
+  int64_t count;
+  Right right;
+  int64_t rows;
+  const float* start;  // [outputs], null: zero
+  float* masked;       // room for [2][count][1024] sums
+  BFloat16* out;       // [rows][outputs]
 };
 
 // Two by two tiles of sums that wait to be rounded.
 struct Waiting {
-  const float *sums, *added;
+  const float *sums, *masked;
   int64_t row, output, rows = 0, written = 0;
 };
 
@@ -287,10 +315,14 @@ COLLM_TILES_INLINE void write_row(const Product& p, Waiting& w) {
     a = _mm512_add_ps(a, _mm512_loadu_ps(p.start + w.output));
     b = _mm512_add_ps(b, _mm512_loadu_ps(p.start + w.output + 16));
   }
-  if (p.keep != nullptr) {
-    const uint16_t* bits = p.keep + (w.row + i) * p.keep_stride + w.output / 16;
-    a = _mm512_mask_add_ps(a, bits[0], a, _mm512_load_ps(w.added + at));
-    b = _mm512_mask_add_ps(b, bits[1], b, _mm512_load_ps(w.added + at + 256));
+  for (int64_t n = 0; n < p.count; ++n) {
+    const Side& side = p.sides[n];
+    if (side.masks()) {
+      const uint16_t* bits = side.keep + (w.row + i) * side.keep_stride + w.output / 16;
+      const float* masked = w.masked + n * 1024 + at;
+      a = _mm512_mask_add_ps(a, bits[0], a, _mm512_load_ps(masked));
+      b = _mm512_mask_add_ps(b, bits[1], b, _mm512_load_ps(masked + 256));
+    }
   }
   BFloat16* to = p.out + (w.row + i) * p.right.outputs + w.output;
   _mm512_mask_storeu_epi16(to, exist, (__m512i)_mm512_cvtne2ps_pbh(b, a));
@@ -314,11 +346,35 @@ COLLM_TILES_INLINE void write_rest(const Product& p, Waiting& w) {
   }
 }
 
+// The ranks' steps of a block of sums: into `sum` itself, or beside it, where a mask acts on them.
+COLLM_TILES_INLINE void add_ranks(const Product& p, int64_t row_block, const uint16_t* right, float* sum,
+                                  float* masked) {
+  bool stored = false;
+  for (int64_t n = 0; n < p.count; ++n) {
+    const Side& side = p.sides[n];
+    if (side.masks()) {
+      if (!std::exchange(stored, true)) {
+        store_sums(sum);
+      }
+      zero_sums();
+    }
+    const Left rank = Left::packed(side.added + row_block * side.part.added() * 2 * kTile);
+    for (int64_t s = 0; s < side.part.added(); ++s) {
+      add_step(rank, s, right + (side.part.first_added + s) * 2 * kTile);
+    }
+    if (side.masks()) {
+      store_sums(masked + n * 1024);
+    }
+  }
+  if (!stored) {
+    store_sums(sum);
+  }
+}
+
 COLLM_TILES_INLINE void multiply(const Product& p) {
   alignas(64) float sums[kBlockRows / kRows][1024];
-  alignas(64) float added[2][1024];
   settle();
-  const int64_t steps = p.right.steps(), blocks = std::max<int64_t>(1, (steps + kBlockSteps - 1) / kBlockSteps);
+  const int64_t steps = p.right.steps, blocks = std::max<int64_t>(1, (steps + kBlockSteps - 1) / kBlockSteps);
   const int64_t share = (kRows * blocks + steps - 1) / std::max<int64_t>(steps, 1);
   Waiting waiting{};
   int64_t turn = 0;
@@ -328,8 +384,7 @@ COLLM_TILES_INLINE void multiply(const Product& p) {
       const int64_t begin = steps * b / blocks, end = steps * (b + 1) / blocks;
       const bool last = b + 1 == blocks;
       for (int64_t row = 0; row < p.rows; row += kRows, ++turn) {
-        const Left left = p.left[row / kRows];
-        float *sum = blocks == 1 ? sums[turn % 2] : sums[row / kRows], *more = added[turn % 2];
+        float* sum = blocks == 1 ? sums[turn % 2] : sums[row / kRows];
         if (b == 0) {
           zero_sums();
         } else {
@@ -337,22 +392,20 @@ COLLM_TILES_INLINE void multiply(const Product& p) {
         }
         const BFloat16* outputs = p.out + row * p.right.outputs + panel * kPanel;
         int64_t asked = last ? std::min(kRows, p.rows - row) : 0;
-        for (int64_t s = begin; s < end; ++s) {
-          add_step(left, s, right + s * 2 * kTile);
-          write_some(p, waiting, share, outputs, asked);
+        for (int64_t n = 0; n < p.count; ++n) {
+          const Side& side = p.sides[n];
+          const Left left = side.left[row / kRows];
+          const int64_t first = side.part.first, stop = std::min(end, first + side.part.steps());
+          for (int64_t s = std::max(begin, first); s < stop; ++s) {
+            add_step(left, s - first, right + s * 2 * kTile);
+            write_some(p, waiting, share, outputs, asked);
+          }
         }
         write_rest(p, waiting);
         if (last) {
-          if (p.keep != nullptr) {
-            store_sums(sum);
-            zero_sums();
-          }
-          const Left rank = Left::packed(p.added + row / kRows * p.right.added() * 2 * kTile);
-          for (int64_t s = 0; s < p.right.added(); ++s) {
-            add_step(rank, s, right + (steps + s) * 2 * kTile);
-          }
-          store_sums(p.keep == nullptr ? sum : more);
-          waiting = {sum, more, row, panel * kPanel, std::min(kRows, p.rows - row)};
+          float* masked = p.masked + turn % 2 * p.count * 1024;
+          add_ranks(p, row / kRows, right + steps * 2 * kTile, sum, masked);
+          waiting = {sum, masked, row, panel * kPanel, std::min(kRows, p.rows - row)};
         } else {
           store_sums(sum);
         }

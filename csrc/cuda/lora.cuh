@@ -1,7 +1,9 @@
-// Device code of lora_linear: four kernels that serve forward and backward, and x as well as the gradient.
+// Device code of lora_linear and lora_linear_group: kernels that serve forward and backward, and x as well as the
+// gradient.
 //
-//   project  out[m][j]  = scale * sum_c keep(m, c) v[m][c] factor[j][c]       s = dropout(x) A^T, and ds = dy B
+//   project  s[m][j]    = scale * sum_c keep(m, c) v[m][c] factor[j][c]       s = dropout(x) A^T, and ds = dy B
 //   expand   out[m][c]  = bias[c] + keep(m, c) sum_j s[m][j] factor[j][c]     y before x W^T, and dx before dy W
+//   expand_group          the sum of that over several projections, each with its own mask            dx of a group
 //   outer    part[p][j][c] = sum over the rows m of part p of s[m][j] keep(m, c) v[m][c]                 dA and dB
 //   reduce   out[j][c]  = scale * sum_p part[p][j][c], in the order of p
 //
@@ -22,12 +24,30 @@ constexpr int kThreads = 128;
 constexpr int kRankTile = 8;
 constexpr int kProjectRows = 4;  // a warp's: 4 rows x 8 ranks = one sum for each of its lanes
 constexpr int kExpandRows = 8;
+constexpr int kGroupRows = 4;   // of expand_group, which holds two sums for each element
 constexpr int kOuterRows = 32;  // staged in shared memory at a time
 constexpr int kMaxRankPadded = 256;
 
 struct Mask {
   const int64_t* seed;  // on the device, so that a captured graph sees each step's seed; null: nothing is dropped
   uint32_t stream, threshold;
+};
+
+// One projection: its factor [r][C], and s [M][r], which project writes and expand reads.
+template <typename F>
+struct Side {
+  const F* factor;
+  int64_t factor_j, factor_c;
+  float* s;
+  int r;
+  Mask mask;
+};
+
+constexpr int kMaxProjections = 4;  // of one launch
+template <typename F>
+struct Sides {
+  Side<F> side[kMaxProjections];
+  int count;
 };
 
 struct alignas(16) Chunk16 {
@@ -99,15 +119,26 @@ __device__ __forceinline__ void drop8(const Mask& mask, uint64_t seed, int64_t m
   }
 }
 
-// A warp takes kProjectRows rows and kRankTile ranks; its lanes stride over the columns, then add up by shuffles.
-// Grid: x = ceil(M / rows of a block), y = ceil(r / kRankTile).
+// A warp takes kProjectRows rows and a tile of kRankTile ranks of one projection; its lanes stride over the columns,
+// then add up by shuffles. `abreast` (1, 2 or 4) warps of a block take tiles of the same rows, so that what the first
+// reads of v the others find in the first-level cache: memory is read once for all projections. Grid: x = ceil(M / rows
+// of a block), y = ceil(tiles of all projections / abreast).
 template <typename T, typename F, bool kDrop>
-__global__ void __launch_bounds__(kThreads)
-    project(const T* __restrict__ v, int64_t v_stride, int64_t M, int64_t C, const F* __restrict__ factor,
-            int64_t factor_j, int64_t factor_c, int r, float scale, Mask mask, float* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads) project(const T* __restrict__ v, int64_t v_stride, int64_t M, int64_t C,
+                                                    const __grid_constant__ Sides<F> sides, int abreast, float scale) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t m0 = (static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp) * kProjectRows;
-  const int j0 = static_cast<int>(blockIdx.y) * kRankTile;
+  const int64_t m0 = (static_cast<int64_t>(blockIdx.x) * (kThreads / 32 / abreast) + warp / abreast) * kProjectRows;
+  int tile = static_cast<int>(blockIdx.y) * abreast + warp % abreast, n = 0;
+  for (; n < sides.count && tile * kRankTile >= sides.side[n].r; ++n) {
+    tile -= (sides.side[n].r + kRankTile - 1) / kRankTile;
+  }
+  if (n == sides.count) {
+    return;  // a whole warp
+  }
+  const F* factor = sides.side[n].factor;
+  const int64_t factor_j = sides.side[n].factor_j, factor_c = sides.side[n].factor_c;
+  const int r = sides.side[n].r, j0 = tile * kRankTile;
+  const Mask mask = sides.side[n].mask;
   const uint64_t seed = kDrop ? static_cast<uint64_t>(*mask.seed) : 0;
   float sum[kProjectRows][kRankTile] = {};
   for (int64_t c = lane * kColumns; c < C; c += 32 * kColumns) {
@@ -161,7 +192,28 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t m = m0 + lane / kRankTile;
   const int j = j0 + lane % kRankTile;
   if (m < M && j < r) {
-    out[m * r + j] = scale * all[0];
+    sides.side[n].s[m * r + j] = scale * all[0];
+  }
+}
+
+// sum[i][k] += sum_j tile[i][j] factor[j][c + k], tile [kRows][r] in shared memory.
+template <int kRows, typename F>
+__device__ __forceinline__ void add_low_rank(const float* tile, int r, const F* factor, int64_t factor_j,
+                                             int64_t factor_c, int64_t c, int64_t C, float (&sum)[kRows][kColumns]) {
+  for (int j = 0; j < r; ++j) {
+    float f[kColumns];
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+      f[k] = c + k < C ? widen(factor[j * factor_j + (c + k) * factor_c]) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const float coefficient = tile[i * r + j];
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        sum[i][k] += coefficient * f[k];
+      }
+    }
   }
 }
 
@@ -181,21 +233,7 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   float sum[kExpandRows][kColumns] = {};
-  for (int j = 0; j < r; ++j) {
-    float f[kColumns];
-#pragma unroll
-    for (int k = 0; k < kColumns; ++k) {
-      f[k] = c + k < C ? widen(factor[j * factor_j + (c + k) * factor_c]) : 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kExpandRows; ++i) {
-      const float coefficient = tile[i * r + j];
-#pragma unroll
-      for (int k = 0; k < kColumns; ++k) {
-        sum[i][k] += coefficient * f[k];
-      }
-    }
-  }
+  add_low_rank(tile, r, factor, factor_j, factor_c, c, C, sum);
   const uint64_t seed = kDrop ? static_cast<uint64_t>(*mask.seed) : 0;
   float base[kColumns] = {};
   if (bias != nullptr) {
@@ -210,6 +248,51 @@ __global__ void __launch_bounds__(kThreads)
         sum[i][k] += base[k];
       }
       store8(out + (m0 + i) * C, c, C, sum[i]);
+    }
+  }
+}
+
+// out = the sum over the projections of what expand gives, or that much more, with neither scale nor bias. A thread
+// takes 8 columns of kGroupRows rows. Grid: x = ceil(M / kGroupRows), y = ceil(C / (8 kThreads)).
+template <typename T, typename F, bool kDrop>
+__global__ void __launch_bounds__(kThreads)
+    expand_group(const __grid_constant__ Sides<F> sides, int64_t M, int64_t C, bool add, T* __restrict__ out) {
+  __shared__ float tile[kGroupRows * kMaxRankPadded];
+  const int64_t m0 = static_cast<int64_t>(blockIdx.x) * kGroupRows;
+  const int64_t c = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kColumns;
+  float total[kGroupRows][kColumns] = {};
+#pragma unroll
+  for (int i = 0; i < kGroupRows; ++i) {
+    if (add && c < C && m0 + i < M) {
+      load8(out + (m0 + i) * C, c, C, total[i]);
+    }
+  }
+  for (int n = 0; n < sides.count; ++n) {
+    const Side<F>& side = sides.side[n];
+    const int r = side.r;
+    __syncthreads();
+    for (int e = static_cast<int>(threadIdx.x); e < kGroupRows * r; e += kThreads) {
+      tile[e] = m0 + e / r < M ? side.s[m0 * r + e] : 0.0f;
+    }
+    __syncthreads();
+    if (c < C) {
+      const uint64_t seed = kDrop ? static_cast<uint64_t>(*side.mask.seed) : 0;
+      float sum[kGroupRows][kColumns] = {};
+      add_low_rank(tile, r, side.factor, side.factor_j, side.factor_c, c, C, sum);
+#pragma unroll
+      for (int i = 0; i < kGroupRows; ++i) {
+        drop8<kDrop>(side.mask, seed, m0 + i, c, sum[i]);
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) {
+          total[i][k] += sum[i][k];
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kGroupRows; ++i) {
+    if (c < C && m0 + i < M) {
+      store8(out + (m0 + i) * C, c, C, total[i]);
     }
   }
 }

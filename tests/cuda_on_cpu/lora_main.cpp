@@ -1,4 +1,5 @@
-// Runs csrc/cuda/lora.cuh on the host: the low-rank half of forward and of backward, launched as lora.cu launches it.
+// Runs csrc/cuda/lora.cuh on the host: the low-rank half of forward and of backward, launched as lora.cu launches it,
+// of one projection or of a group.
 //
 // dtype 0 float32, 1 float16, 2 bfloat16 of x, bias and grad; factor_dtype the same for lora_A and lora_B. The dense
 // products belong to the vendor's GEMM and are not here.
@@ -17,6 +18,52 @@ dim3 grid(int64_t x, int64_t y = 1, int64_t z = 1) {
 }
 
 template <typename T, typename F>
+void launch_project(const T* v, int64_t v_stride, int64_t M, int64_t C, const Sides<F>& sides, float scale) {
+  int64_t tiles = 0;
+  for (int n = 0; n < sides.count; ++n) {
+    tiles += blocks(sides.side[n].r, kRankTile);
+  }
+  const int abreast = tiles > 2 ? 4 : static_cast<int>(tiles);
+  const auto size = grid(blocks(M, kThreads / 32 / abreast * kProjectRows), blocks(tiles, abreast));
+  const auto kernel = sides.side[0].mask.seed ? &project<T, F, true> : &project<T, F, false>;
+  emulator::launch(size, kThreads, [&] { kernel(v, v_stride, M, C, sides, abreast, scale); });
+}
+
+// s of every projection from one x, and dx from them: the first `split` projections, and then the others added.
+template <typename T, typename F>
+void run_group() {
+  const int64_t M = integer("M"), K = integer("K"), stride = integer("x_stride");
+  const int count = static_cast<int>(integer("count")), split = static_cast<int>(integer("split"));
+  const uint32_t threshold = collm::dropout_threshold(emulator::number("dropout_p"));
+  const auto x = emulator::read<T>("x");
+  const auto seed = emulator::read<int64_t>("seed");
+  std::vector<std::vector<F>> factors;
+  std::vector<std::vector<float>> ss;
+  Sides<F> sides{}, before{}, after{};
+  for (int n = 0; n < count; ++n) {
+    factors.push_back(emulator::read<F>("lora_A" + std::to_string(n)));
+    const int r = static_cast<int>(integer("r" + std::to_string(n)));
+    ss.push_back(emulator::poisoned<float>(M * r));
+    const Mask mask{threshold > 0 ? seed.data() + n : nullptr, static_cast<uint32_t>(2 * n + 1), threshold};
+    sides.side[sides.count++] = {factors[n].data(), K, 1, ss[n].data(), r, mask};
+    Sides<F>& half = n < split ? before : after;
+    half.side[half.count++] = sides.side[n];
+  }
+  launch_project(x.data(), stride, M, K, sides, static_cast<float>(collm::dropout_scale(threshold)));
+  auto dx = emulator::poisoned<T>(M * K);
+  const auto size = grid(blocks(M, kGroupRows), blocks(K, kThreads * kColumns));
+  const auto kernel = threshold > 0 ? &expand_group<T, F, true> : &expand_group<T, F, false>;
+  emulator::launch(size, kThreads, [&] { kernel(before, M, K, false, dx.data()); });
+  if (after.count > 0) {
+    emulator::launch(size, kThreads, [&] { kernel(after, M, K, true, dx.data()); });
+  }
+  for (int n = 0; n < count; ++n) {
+    emulator::write("s" + std::to_string(n), ss[n]);
+  }
+  emulator::write("dx", dx);
+}
+
+template <typename T, typename F>
 void run() {
   const int64_t M = integer("M"), K = integer("K"), N = integer("N"), stride = integer("x_stride");
   const int r = static_cast<int>(integer("r"));
@@ -32,9 +79,10 @@ void run() {
 
   const auto project_into = [&](const T* v, int64_t v_stride, int64_t C, const F* factor, int64_t fj, int64_t fc,
                                 float scale, const Mask& m, std::vector<float>& out) {
-    const auto size = grid(blocks(M, kThreads / 32 * kProjectRows), blocks(r, kRankTile));
-    const auto kernel = m.seed ? &project<T, F, true> : &project<T, F, false>;
-    emulator::launch(size, kThreads, [&] { kernel(v, v_stride, M, C, factor, fj, fc, r, scale, m, out.data()); });
+    Sides<F> sides{};
+    sides.side[0] = {factor, fj, fc, out.data(), r, m};
+    sides.count = 1;
+    launch_project(v, v_stride, M, C, sides, scale);
   };
   const auto expand_into = [&](const std::vector<float>& s, const F* factor, int64_t fj, int64_t fc, int64_t C,
                                float scale, const T* add, const Mask& m, std::vector<T>& out) {
@@ -67,6 +115,11 @@ void run() {
   emulator::write("dx", dx);
   emulator::write("dA", dA);
   emulator::write("dB", dB);
+}
+
+template <typename T, typename F>
+void run_mode() {
+  integer("mode") == 3 ? run_group<T, F>() : run<T, F>();
 }
 
 // The mask alone, as 0 and 1: test_philox.py compares it bit for bit.
@@ -115,13 +168,13 @@ int main() {
   const bool wide_factor = integer("factor_dtype") == 0;
   switch (integer("dtype")) {
     case 0:
-      run<float, float>();
+      run_mode<float, float>();
       break;
     case 1:
-      wide_factor ? run<__half, float>() : run<__half, __half>();
+      wide_factor ? run_mode<__half, float>() : run_mode<__half, __half>();
       break;
     default:
-      wide_factor ? run<__nv_bfloat16, float>() : run<__nv_bfloat16, __nv_bfloat16>();
+      wide_factor ? run_mode<__nv_bfloat16, float>() : run_mode<__nv_bfloat16, __nv_bfloat16>();
   }
   return 0;
 }

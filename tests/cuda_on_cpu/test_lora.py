@@ -88,3 +88,58 @@ def test_low_rank_parts(
     # A missing barrier would show when the threads run in the opposite order.
     for name, value in run(1).items():
         assert torch.equal(value, got[name]), name
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "ranks", "split", "dropout_p", "dtype", "factor_dtype", "gap"),
+    [
+        (1, 1, (1,), 1, 0.0, torch.float32, torch.float32, 0),
+        (37, 100, (8, 3), 2, 0.05, torch.float32, torch.float32, 3),
+        (21, 1100, (8, 8, 8), 1, 0.3, torch.bfloat16, torch.float32, 0),
+        (18, 72, (17, 1, 40, 8), 3, 0.5, torch.float32, torch.float32, 0),
+        (9, 61, (2, 256, 5), 2, 0.1, torch.bfloat16, torch.bfloat16, 4),
+    ],
+)
+def test_group(
+    M: int,
+    K: int,
+    ranks: tuple[int, ...],
+    split: int,
+    dropout_p: float,
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+    gap: int,
+) -> None:
+    """s of several projections in one launch, each with its own mask; dx as their sum, in one launch or two."""
+    generator = torch.Generator().manual_seed(M + K)
+    x = torch.randn(M, K + gap, generator=generator).to(dtype)
+    factors = [(torch.randn(r, K, generator=generator) / math.sqrt(K)).to(factor_dtype) for r in ranks]
+    seed = torch.arange(len(ranks)) - 2**61
+    inputs = {"x": x.reshape(-1)[: M * (K + gap) - gap], "seed": seed}
+    inputs |= {f"lora_A{n}": factor for n, factor in enumerate(factors)}
+    outputs = {f"s{n}": ((M, r), torch.float32) for n, r in enumerate(ranks)} | {"dx": ((M, K), dtype)}
+    numbers = {f"r{n}": r for n, r in enumerate(ranks)} | {"count": len(ranks), "split": split}
+    run = lambda order: emulation.run(  # noqa: E731
+        emulation.build("lora_main.cpp"),
+        inputs,
+        outputs,
+        mode=3,
+        order=order,
+        dtype=CODES[dtype],
+        factor_dtype=CODES[factor_dtype],
+        M=M,
+        K=K,
+        x_stride=K + gap,
+        dropout_p=dropout_p,
+        **numbers,
+    )
+    got, dx = run(0), torch.zeros(M, K, dtype=torch.float64)
+    for n, factor in enumerate(factors):
+        mask = reference.dropout_mask(seed[n], M, K, dropout_p, 2 * n + 1)
+        s = mask * x[:, :K].double() @ factor.double().T
+        assert error(got[f"s{n}"], s) <= 1e-6
+        dx += (mask > 0) * (s @ factor.double())
+    # Two launches round twice.
+    assert error(got["dx"], dx) <= 1.5 * ROUNDING[dtype]
+    for name, value in run(1).items():
+        assert torch.equal(value, got[name]), name
