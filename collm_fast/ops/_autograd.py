@@ -6,11 +6,10 @@ thread): more than a small gather. The formulas are the same either way. Floor F
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._library.autograd import supports_tensorlist
 
 from collm_fast import _native
 
@@ -40,22 +39,76 @@ def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[.
         setup(ctx, inputs, result)
         return result
 
-    formula: Any = type(
-        f"{name}_formula",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-    )
-    if "Tensor[]" in str(op._schema):
-        # A Function sees the tensors among its arguments alone, not those in a list.
-        formula = supports_tensorlist(formula)
+    lists = "Tensor[]" in str(op._schema)
+    methods = _with_lists(forward, backward) if lists else (forward, backward)
+    names = ("forward", "backward")
+    body = {name_: staticmethod(method) for name_, method in zip(names, methods, strict=True)}
+    formula: Any = type(f"{name}_formula", (torch.autograd.Function,), body)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or _transforms_active():
             result = op(*inputs)
-        elif torch.is_grad_enabled() and _any_requires_grad(*inputs):
-            result = formula.apply(*inputs)
-        else:
+        elif not (torch.is_grad_enabled() and _any_requires_grad(*inputs)):
             result = plain(*inputs)
+        elif lists:
+            layout = [_lengths(inputs)]
+            result = _split(formula.apply(layout, *_joined(inputs)), layout[1])
+        else:
+            result = formula.apply(*inputs)
         return result
 
     return call
+
+
+# A Function sees the tensors among its arguments and results alone, not those in a list: lists are laid side by side.
+# A layout says how they are cut again: the length of a list, or None for a value that is none.
+_Lengths = tuple[int | None, ...]
+
+
+def _with_lists(forward: Callable[..., Any], backward: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """The two methods over [layout of the inputs] and what it cuts; forward appends the layout of the results."""
+
+    def forward_flat(ctx: Any, layout: list[_Lengths], *flat: Any) -> tuple[Any, ...]:
+        result = forward(ctx, *_split(flat, layout[0]))
+        layout.append(_lengths(result))
+        ctx.layout = layout
+        return tuple(_joined(result))
+
+    def backward_flat(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        inputs, outputs = ctx.layout
+        needs = ctx.needs_input_grad
+        try:
+            ctx.needs_input_grad = _split(needs[1:], inputs)
+            found = backward(ctx, *_split(grads, outputs))
+        finally:
+            ctx.needs_input_grad = needs
+        whole = [
+            [None] * length if part is None and length is not None else part
+            for part, length in zip(found, inputs, strict=True)
+        ]
+        return None, *_joined(whole)
+
+    return forward_flat, backward_flat
+
+
+def _lengths(values: Sequence[Any]) -> _Lengths:
+    return tuple(len(value) if isinstance(value, list) else None for value in values)
+
+
+def _joined(values: Sequence[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, list):
+            flat += value
+        else:
+            flat.append(value)
+    return flat
+
+
+def _split(flat: Sequence[Any], lengths: _Lengths) -> list[Any]:
+    values: list[Any] = []
+    at = 0
+    for length in lengths:
+        values.append(flat[at] if length is None else list(flat[at : at + length]))
+        at += 1 if length is None else length
+    return values

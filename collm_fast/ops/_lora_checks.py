@@ -242,3 +242,9 @@ def check_frozen(weight: Tensor, bias: Tensor | None, at: Place = _ALONE) -> Non
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
             require(False, f"{at.name(name)} without requires_grad", "requires_grad=True", at.op)
+
+
+def check_group_frozen(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    for j, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            check_frozen(weight, bias, Place("lora_linear_group", j))

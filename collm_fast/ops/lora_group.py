@@ -19,9 +19,9 @@ from collm_fast.ops._autograd import register_autograd
 from collm_fast.ops._device_errors import raise_device_errors
 from collm_fast.ops._lora_checks import (
     Place,
-    check_frozen,
     check_group_backward,
     check_group_forward,
+    check_group_frozen,
     check_linear,
     check_probability,
     is_there,
@@ -183,8 +183,7 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
     x, weights, biases, lora_As, lora_Bs, scaling, dropout_p, seeds, streams = inputs
-    for j, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check_frozen(weight, bias, Place(_OP, j))
+    check_group_frozen(weights, biases)
     ss = output[1]
     ctx.mark_non_differentiable(*ss)
     ctx.set_materialize_grads(False)
@@ -279,12 +278,11 @@ def project_group(
     """
     lengths = [len(weights), len(biases), len(lora_As), len(lora_Bs)]
     require(len(set(lengths)) == 1, "lists of equal length", lengths, _OP)
-    for j, (weight, bias, A, B) in enumerate(zip(weights, biases, lora_As, lora_Bs, strict=True)):
-        require(
-            (A is None) == (B is None), f"lora_As[{j}] and lora_Bs[{j}] both given or both None", "one of them", _OP
-        )
-        if torch.is_grad_enabled():
-            check_frozen(weight, bias, Place(_OP, j))
+    if torch.is_grad_enabled():
+        check_group_frozen(weights, biases)
+    for j, (A, B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
+        if (A is None) != (B is None):
+            require(False, f"lora_As[{j}] and lora_Bs[{j}] both given or both None", "one of them", _OP)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]

@@ -148,68 +148,51 @@ class Factors {
   std::vector<Unpacked<W>> kept_;
 };
 
-// ys and ss for the rows [M, K] of x. A run of rows is read by all projections while it is in a cache.
+// y and s of one projection for the rows [M, K] of x: those of a group share nothing but x, which a cache holds.
 template <typename T>
-void forward_into(const Tensor& x, const Forwards& call, double scaling, double dropout_p) {
+void forward_into(const Tensor& x, const Projection& of, double scaling, double dropout_p, const Tensor& y,
+                  const Tensor& s) {
   using W = typename Wide<T>::type;
   const int64_t M = x.size(0), K = x.size(1);
   const bool own = Own<T>::serves(M, K);
-  const std::vector<Projection>& group = call.group;
   Factors<T> factors;
-  std::vector<Forward<T>> all;
-  for (size_t n = 0; n < group.size(); ++n) {
-    const Projection& g = group[n];
-    Forward<T> f{};
-    f.x = static_cast<const T*>(x.data_ptr());
-    f.x_stride = x.stride(0), f.K = K, f.N = g.weight.size(0), f.r = g.lora_A ? g.lora_A->size(0) : 0;
-    f.scaling = static_cast<W>(scaling), f.dropout = dropout(dropout_p, g.seed, g.stream);
-    f.y = static_cast<T*>(call.ys[n].data_ptr()), f.s = static_cast<W*>(call.ss[n].data_ptr());
-    if (f.r > 0) {
-      f.a = factors.of_A(*g.lora_A), f.b = factors.of_B(*g.lora_B);
-    }
-    if (f.r > 0 || own) {
-      const std::array<int64_t, 1> one{f.N};
-      f.bias = factors.of_bias(g.bias ? *g.bias : torch::stable::new_zeros(x, one));
-    }
-    all.push_back(f);
+  Forward<T> f{};
+  f.x = static_cast<const T*>(x.data_ptr());
+  f.x_stride = x.stride(0), f.K = K, f.N = of.weight.size(0), f.r = of.lora_A ? of.lora_A->size(0) : 0;
+  f.scaling = static_cast<W>(scaling), f.dropout = dropout(dropout_p, of.seed, of.stream);
+  f.y = static_cast<T*>(y.data_ptr()), f.s = static_cast<W*>(s.data_ptr());
+  if (f.r > 0) {
+    f.a = factors.of_A(*of.lora_A), f.b = factors.of_B(*of.lora_B);
+  }
+  if (f.r > 0 || own) {
+    const std::array<int64_t, 1> one{f.N};
+    f.bias = factors.of_bias(of.bias ? *of.bias : torch::stable::new_zeros(x, one));
   }
   if constexpr (has_own<T>) {
     if (own) {
-      std::vector<Frozen> weights;
-      for (size_t n = 0; n < group.size(); ++n) {
-        weights.push_back({group[n].weight, all[n].b, all[n].r});
-      }
-      Own<T>::forward(all, weights, M);
+      Own<T>::forward(f, {of.weight, f.b, f.r}, M);
       return;
     }
   }
-  const auto run = Rows<T>::forward();
-  torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 1, [&](int64_t begin, int64_t end) {
-    each_run(begin, end, M, [&](int64_t m, int64_t last) {
-      for (const Forward<T>& f : all) {
-        if (f.r > 0) {
-          run(f, m, last);
-        }
-      }
-    });
-  });
-  for (size_t n = 0; n < group.size(); ++n) {
-    const std::array<int64_t, 2> flat{M, all[n].N};
-    const Tensor y = torch::stable::view(call.ys[n], flat), right = torch::stable::transpose(group[n].weight, 0, 1);
-    if (all[n].r > 0) {
-      add_product(y, y, x, right);
-    } else if (group[n].bias) {
-      add_product(y, *group[n].bias, x, right);
-    } else {
-      set_product(y, x, right);
-    }
+  const std::array<int64_t, 2> flat{M, f.N};
+  const Tensor out = torch::stable::view(y, flat), right = torch::stable::transpose(of.weight, 0, 1);
+  if (f.r > 0) {
+    const auto run = Rows<T>::forward();
+    torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 1,
+                                [&](int64_t begin, int64_t end) { run(f, begin * kUnit, std::min(end * kUnit, M)); });
+    add_product(out, out, x, right);
+  } else if (of.bias) {
+    add_product(out, *of.bias, x, right);
+  } else {
+    set_product(out, x, right);
   }
 }
 
 void run_forward(const Tensor& x, const Forwards& call, double scaling, double dropout_p) {
   const Tensor rows = as_rows(x);
-  if (rows.size(0) > 0) {
-    COLLM_DISPATCH(x.scalar_type(), forward_into<scalar_t>(rows, call, scaling, dropout_p));
+  for (size_t n = 0; rows.size(0) > 0 && n < call.group.size(); ++n) {
+    COLLM_DISPATCH(x.scalar_type(),
+                   forward_into<scalar_t>(rows, call.group[n], scaling, dropout_p, call.ys[n], call.ss[n]));
   }
 }
 

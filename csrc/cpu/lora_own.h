@@ -23,18 +23,6 @@ struct Own {
 };
 // Rows do not meet in any sum of the forward, so how they are shared out does not change a bit.
 constexpr int64_t kUnit = 32;
-// Rows of x that stay in a cache while all projections read them.
-constexpr int64_t kShared = 256;
-
-// Calls body(begin, end) for runs of at most kShared of the rows of the units begin .. end - 1.
-template <typename Body>
-void each_run(int64_t begin, int64_t end, int64_t M, const Body& body) {
-  const int64_t last = std::min(end * kUnit, M);
-  for (int64_t m = begin * kUnit; m < last; m += kShared) {
-    body(m, std::min(m + kShared, last));
-  }
-}
-
 #if defined(COLLM_X86)
 template <typename T>
 constexpr bool has_own = std::is_same_v<T, float> || std::is_same_v<T, torch::headeronly::BFloat16>;
@@ -96,20 +84,11 @@ struct Own<float> {
   static constexpr int64_t kPieces = 1;
   static int64_t rank_rows(int64_t r) { return padded(r); }
 
-  static void forward(const std::vector<Forward<float>>& group, const std::vector<Frozen>& weights, int64_t M) {
-    std::vector<Packed> packed;
-    int64_t most = 0;
-    for (size_t n = 0; n < group.size(); ++n) {
-      packed.emplace_back(std::vector<Frozen>{weights[n]}, 1, &product::pack);
-      most = std::max(most, padded(group[n].r));
-    }
+  static void forward(const Forward<float>& f, const Frozen& weight, int64_t M) {
+    const Packed packed({weight}, 1, &product::pack);
     torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
-      const Buffer<float> s(avx512::kBlockRows * most);
-      each_run(begin, end, M, [&](int64_t m, int64_t last) {
-        for (size_t n = 0; n < group.size(); ++n) {
-          product::forward_rows(group[n], packed[n].right(), packed[n].places()[0], m, last, s.data());
-        }
-      });
+      const Buffer<float> s(avx512::kBlockRows * padded(f.r));
+      product::forward_rows(f, packed.right(), packed.places()[0], begin * kUnit, std::min(end * kUnit, M), s.data());
     });
   }
   static void backward(const std::vector<Backward<float>>& group, const std::vector<Frozen>& weights) {
@@ -153,23 +132,13 @@ struct Own<torch::headeronly::BFloat16> {
     }
   };
 
-  static void forward(const std::vector<Forward<T>>& group, const std::vector<Frozen>& weights, int64_t M) {
-    std::vector<Packed> packed;
-    std::vector<Rank> ranks;
-    int64_t most = 0;
-    for (size_t n = 0; n < group.size(); ++n) {
-      packed.emplace_back(std::vector<Frozen>{weights[n]}, 1, &tiles::pack);
-      ranks.emplace_back(group[n].a, group[n].K, group[n].r);
-      most = std::max(most, tiles::forward_scratch(packed[n].right(), group[n].K));
-    }
+  static void forward(const Forward<T>& f, const Frozen& weight, int64_t M) {
+    const Packed packed({weight}, 1, &tiles::pack);
+    const Rank rank(f.a, f.K, f.r);
     torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
-      const Buffer<uint16_t> scratch(most);
-      each_run(begin, end, M, [&](int64_t m, int64_t last) {
-        for (size_t n = 0; n < group.size(); ++n) {
-          tiles::forward_rows(group[n], packed[n].right(), packed[n].places()[0], ranks[n].right, m, last,
-                              scratch.data());
-        }
-      });
+      const Buffer<uint16_t> scratch(tiles::forward_scratch(packed.right(), f.K));
+      tiles::forward_rows(f, packed.right(), packed.places()[0], rank.right, begin * kUnit, std::min(end * kUnit, M),
+                          scratch.data());
     });
   }
   static void backward(const std::vector<Backward<T>>& group, const std::vector<Frozen>& weights) {
