@@ -17,7 +17,7 @@ from torch import Tensor
 
 from collm_fast.models.attention import tree_attention
 from collm_fast.models.frozen import mlp_residual, norm
-from collm_fast.models.lora import LoraLinear
+from collm_fast.models.lora import LoraLinear, project_together
 from collm_fast.models.tree_plan import TreePlan
 from collm_fast.ops.decoder import rotate_heads
 
@@ -85,11 +85,12 @@ class Decoder:
         x, found = _stream(x), []
         for index, layer in enumerate(self.base.layers):
             normed = norm(layer.input_layernorm, x)
-            key, value = self._keys(layer.self_attn, normed, rotary)
-            found.append((key, value))
             # The last layer's output is read nowhere.
-            if index + 1 < len(self.base.layers):
-                query = self._queries(layer.self_attn, normed, rotary)
+            if index + 1 == len(self.base.layers):
+                found.append(self._keys(layer.self_attn, normed, rotary))
+            else:
+                query, key, value = self._heads_of(layer.self_attn, normed, rotary)
+                found.append((key, value))
                 x = self._rest(layer, x, self._attend(index, query, key, value, plan, None))
         return found
 
@@ -103,27 +104,31 @@ class Decoder:
         x, last = _stream(x), len(self.base.layers) - 1
         for index, layer in enumerate(self.base.layers):
             attention, normed = layer.self_attn, norm(layer.input_layernorm, x)
-            key, value = self._keys(attention, normed, rotary)
             if index < last:
-                query = self._queries(attention, normed, rotary)
+                query, key, value = self._heads_of(attention, normed, rotary)
             else:
                 place = plan.ends_on(x.device)
-                at = rotary[0][place], rotary[1][place]
                 # A dropout mask belongs to the packed position, so that it is drawn for all of them.
                 if isinstance(attention.q_proj, LoraLinear) and attention.q_proj.draws:
-                    query = self._queries(attention, normed, rotary)[:, :, place]
+                    query, key, value = self._heads_of(attention, normed, rotary)
+                    query = query[:, :, place]
                 else:
-                    query = self._queries(attention, normed[place], at)
+                    key, value = self._keys(attention, normed, rotary)
+                    at = rotary[0][place], rotary[1][place]
+                    query = _heads(attention, attention.q_proj(normed[place]), "q_norm", at)
                 x, plan = x[place], plan.answers()
             x = self._rest(layer, x, self._attend(index, query, key, value, plan, past))
         return norm(self.base.norm, x, wide=True)
 
-    def _queries(self, attention: Any, normed: Tensor, rotary: Rotary) -> Tensor:
-        return _heads(attention, attention.q_proj(normed), "q_norm", rotary)
+    def _heads_of(self, attention: Any, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        q, k, v = project_together((attention.q_proj, attention.k_proj, attention.v_proj), normed)
+        key = _heads(attention, k, "k_norm", rotary)
+        return _heads(attention, q, "q_norm", rotary), key, _heads(attention, v, None, None)
 
     def _keys(self, attention: Any, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        value = _heads(attention, attention.v_proj(normed), None, None)
-        return _heads(attention, attention.k_proj(normed), "k_norm", rotary), value
+        k, v = project_together((attention.k_proj, attention.v_proj), normed)
+        return _heads(attention, k, "k_norm", rotary), _heads(attention, v, None, None)
 
     def _attend(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, past: Past | None
@@ -151,8 +156,7 @@ class Decoder:
         for index, (x, theirs) in enumerate(zip(map(_stream, inputs), outputs[:-1], strict=True)):
             layer = self.base.layers[index]
             normed = norm(layer.input_layernorm, x)
-            key, value = self._keys(layer.self_attn, normed, rotary)
-            query = self._queries(layer.self_attn, normed, rotary)
+            query, key, value = self._heads_of(layer.self_attn, normed, rotary)
             ours = self._rest(layer, x, self._attend(index, query, key, value, plan, None))
             error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
             # Not "error > limit": a nan is a difference too.

@@ -1,12 +1,14 @@
 """The module that holds LoRA's parameters, and how a language model gets it.
 
-The arithmetic is `collm_fast.ops.lora_linear`; PEFT folders are read and written by io/peft.py. Floor F2.
+The arithmetic is `collm_fast.ops.lora_linear` and, where layers read the same x, `lora_linear_group`; PEFT folders are
+read and written by io/peft.py. Floor F2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from collm_fast.config import LoraConfig
 from collm_fast.data.transfer import on_device
 from collm_fast.ops.lora import lora_linear
+from collm_fast.ops.lora_group import project_group
 
 _WORD64 = 0xFFFFFFFFFFFFFFFF
 
@@ -106,6 +109,35 @@ class LoraLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
+
+
+def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """[layer(x) for layer in layers], with the same masks; in one step where a LoRA layer is among frozen ones."""
+    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+    if not adapted or not _share_a_step(layers, adapted):
+        return [layer(x) for layer in layers]
+    bases: list[Any] = [getattr(layer, "base", layer) for layer in layers]
+    one, draws = adapted[0], adapted[0].draws
+    return project_group(
+        x,
+        [base.weight for base in bases],
+        [base.bias for base in bases],
+        [getattr(layer, "lora_A", None) for layer in layers],
+        [getattr(layer, "lora_B", None) for layer in layers],
+        one.scaling,
+        one.dropout if draws else 0.0,
+        [getattr(layer, "seed", one.seed) for layer in layers] if draws else [],
+        [0] * len(layers),
+    )
+
+
+def _share_a_step(layers: Sequence[nn.Module], adapted: Sequence[LoraLinear]) -> bool:
+    """Whether every layer's own forward is what a group computes, under one scaling and one rate of dropout."""
+    bases: list[nn.Module] = [layer.base if isinstance(layer, LoraLinear) else layer for layer in layers]
+    # Another class may compute something else (a quantised base); a hook wants to be called.
+    plain = all(type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters()) for base in bases)
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in (*layers, *bases))
+    return plain and not hooks and len({(layer.scaling, layer.dropout, layer.draws) for layer in adapted}) == 1
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from collm_fast import reference
 from collm_fast.config import LoraConfig
-from collm_fast.models.lora import LoraLinear, add_lora, lora_layers, may_draw, set_dropout, set_step_seed
+from collm_fast.models import lora as models_lora
+from collm_fast.models.lora import (
+    LoraLinear,
+    add_lora,
+    lora_layers,
+    may_draw,
+    project_together,
+    set_dropout,
+    set_step_seed,
+)
 
 
 class Block(nn.Module):
@@ -201,3 +210,68 @@ def test_twenty_steps_like_peft_with_the_same_masks(dtype: torch.dtype) -> None:
                     assert (a - b).norm() <= tolerance * b.norm(), step
                 else:
                     b.data.copy_(a.data)  # bfloat16 would compare two histories of rounding
+
+
+def three(dtype: torch.dtype = torch.float32, dropout: float = 0.3) -> tuple[nn.Linear, list[nn.Module]]:
+    """A frozen layer between two LoRA layers, as k between q and v, in training; and all three."""
+    torch.manual_seed(0)
+    bases = [nn.Linear(16, n, bias=n != 8).to(dtype).requires_grad_(False) for n in (16, 8, 12)]
+    q, v = (LoraLinear(base, 4, 8.0, dropout, torch.Generator().manual_seed(1)) for base in (bases[0], bases[2]))
+    for seed, layer in ((5, q), (-6, v)):
+        nn.init.normal_(layer.lora_B, std=0.3)
+        layer.seed.fill_(seed)
+    return bases[1], [q, bases[1], v]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each step of project_together took."""
+    found: list[int] = []
+    step = models_lora.project_group
+    monkeypatch.setattr(models_lora, "project_group", lambda x, *args: found.append(len(args[0])) or step(x, *args))
+    return found
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_layers_of_one_input_share_a_step(drops: bool, steps: list[int]) -> None:
+    """The numbers of each layer alone, its own mask with it."""
+    _, layers = three(torch.float64)
+    for layer in (layers[0], layers[2]):
+        layer.dropout_on = drops
+    x = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
+    grads = [torch.randn(7, n, dtype=torch.float64) for n in (16, 8, 12)]
+    together, alone = project_together(layers, x), [layer(x) for layer in layers]
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+    found = (torch.autograd.grad(ys, leaves, grads) for ys in (together, alone))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert steps == [3] and len(leaves) == 5
+
+
+def test_layers_that_differ_run_alone(steps: list[int]) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    x = torch.randn(5, 16)
+    k, layers = three()
+    doubled, trained = Doubled(16, 8).requires_grad_(False), nn.Linear(16, 8)
+    slower = LoraLinear(nn.Linear(16, 8), 4, 8.0, 0.1)
+    scaled = LoraLinear(nn.Linear(16, 8), 4, 16.0, 0.3)
+    off = LoraLinear(nn.Linear(16, 8), 4, 8.0, 0.3)
+    off.dropout_on = False
+    of_doubled = LoraLinear(doubled, 4, 8.0, 0.3)
+    for other in (doubled, trained, slower, scaled, off, of_doubled):
+        mixed = [layers[0], other, layers[2]]
+        for a, b in zip(project_together(mixed, x), (layer(x) for layer in mixed), strict=True):
+            assert torch.equal(a, b)
+    called: list[nn.Module] = []
+    hook = k.register_forward_hook(lambda module, args, out: called.append(module))
+    project_together(layers, x)
+    assert called == [k] and steps == []
+    hook.remove()
+    assert torch.equal(project_together([k, k], x)[1], k(x)) and steps == [], "frozen layers alone gain nothing"
+    project_together(layers, x)
+    assert steps == [3]
