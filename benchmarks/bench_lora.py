@@ -6,6 +6,9 @@ where the adapters' gradients are asked for it hands over ready ones. `peft` is 
 With dropout the peers draw other masks than ours, so they are compared loosely there, and strictly in the pass fwd+bwd
 without dropout (where `frozen` differs, as it must). Ours is compared with float64 and its own mask, strictly, before
 it is timed. `fwd+dx` is a layer whose adapters are frozen (stage 2).
+
+The cases `group` are layers that read the same x: `ours` is lora_linear_group, `loop` one lora_linear after the other
+(same masks), `frozen` and `peft` as above, layer by layer.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ LAYERS = {
     "2048": [(2048, 2048)],
 }
 LARGE = {"Llama": [(4096, 4096)]}
+# in, and the out of each projection of one x.
+GROUPS = {"SmolLM2 q/k/v": (576, [576, 192, 192]), "Qwen2 gate/up": (1536, [8960, 8960])}
 
 
 @dataclass
@@ -124,13 +129,15 @@ def impls(layer: Layer, pass_: str, truth: Sequence[Tensor]) -> dict[str, harnes
         if layer.x.dtype != torch.float32:
             found["peft-low"] = of_peft(True)
     except ImportError as error:
-        reason = str(error)
-
-        def missing() -> Tensor:
-            raise ImportError(reason)
-
-        found["peft"] = missing
+        found["peft"] = _missing(str(error))
     return found
+
+
+def _missing(reason: str) -> harness.Impl:
+    def run() -> Tensor:
+        raise ImportError(reason)
+
+    return run
 
 
 def lora(suite: harness.Suite, name: str, M: int, K: int, N: int, r: int, p: float, dtype: torch.dtype) -> None:
@@ -168,6 +175,114 @@ def lora(suite: harness.Suite, name: str, M: int, K: int, N: int, r: int, p: flo
         )
 
 
+@dataclass
+class Group:
+    """Layers that read the same x, and the calls that are compared."""
+
+    layers: list[Layer]
+
+    def ours(self, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> list[Tensor]:
+        weights, none, one = [layer.weight for layer in self.layers], [None] * len(self.layers), self.layers[0]
+        options = {"dropout_p": one.p, "seed": one.seed, "training": True}
+        return ops.lora_linear_group(x, weights, none, As, Bs, SCALING, **options)
+
+    def loop(self, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            ops.lora_linear(x, one.weight, None, A, B, SCALING, dropout_p=one.p, seed=one.seed, training=True, stream=j)
+            for j, (one, A, B) in enumerate(zip(self.layers, As, Bs, strict=True))
+        ]
+
+    def frozen(self, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> list[Tensor]:
+        return [linear(x, layer.weight) for layer in self.layers]
+
+    def truth(self) -> list[Tensor]:
+        """Each y, dx, each dA, each dB, in float64 with our masks."""
+        leaf = lambda t: t.detach().double().requires_grad_()  # noqa: E731
+        x, one = leaf(self.layers[0].x), self.layers[0]
+        As, Bs = [leaf(layer.lora_A) for layer in self.layers], [leaf(layer.lora_B) for layer in self.layers]
+        weights, none = [layer.weight.double() for layer in self.layers], [None] * len(As)
+        options = {"dropout_p": one.p, "seed": one.seed, "training": True}
+        ys = reference.lora_linear_group(x, weights, none, As, Bs, SCALING, **options)
+        grads = [layer.grad.double() for layer in self.layers]
+        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [x, *As, *Bs], grads)]
+
+
+def group_impls(group: Group, pass_: str, truth: Sequence[Tensor]) -> dict[str, harness.Impl]:
+    """Every implementation of one pass, by name."""
+    trained, count = pass_ == "fwd+bwd", len(group.layers)
+    x = group.layers[0].x.detach().requires_grad_(pass_ != "fwd")
+    leaf = lambda t: t.detach().requires_grad_(trained)  # noqa: E731
+    As, Bs = [leaf(layer.lora_A) for layer in group.layers], [leaf(layer.lora_B) for layer in group.layers]
+    grads = [layer.grad for layer in group.layers]
+
+    def of(fn: Callable[[], list[Tensor]], wanted: Sequence[Tensor], ready: Sequence[Tensor] = ()) -> harness.Impl:
+        def run() -> list[Tensor]:
+            ys = fn()
+            found = [] if pass_ == "fwd" else torch.autograd.grad(ys, wanted, grads)
+            return [*(y.detach() for y in ys), *found, *ready]
+
+        return run
+
+    every = [x, *As, *Bs] if trained else [x]
+    found = {
+        "ours": of(lambda: group.ours(x, As, Bs), every),
+        "frozen": of(lambda: group.frozen(x, As, Bs), [x], truth[count + 1 :] if trained else ()),
+        "loop": of(lambda: group.loop(x, As, Bs), every),
+    }
+    try:
+        modules = [peft_layer(layer, low=False).requires_grad_(False) for layer in group.layers]
+    except ImportError as error:
+        return found | {"peft": _missing(str(error))}
+    weights = [m.lora_A.default.weight for m in modules] + [m.lora_B.default.weight for m in modules]
+    for weight in weights:
+        weight.requires_grad_(trained)
+    found["peft"] = of(lambda: [module(x) for module in modules], [x, *weights] if trained else [x])
+    return found
+
+
+def lora_group(
+    suite: harness.Suite, name: str, M: int, K: int, Ns: Sequence[int], r: int, p: float, dtype: torch.dtype
+) -> None:
+    title = f"group {name} M={M} K={K} N={'+'.join(map(str, Ns))} r={r} p={p}"
+    if not suite.wanted(title, [pass_ for pass_, *_ in PASSES], dtype):
+        return
+    x, seed = suite.tensor(M, K, dtype=dtype), torch.tensor([1], device=suite.device)
+    layers = [
+        Layer(
+            x=x,
+            weight=suite.tensor(N, K, dtype=dtype, scale=K**-0.5),
+            lora_A=suite.tensor(r, K, scale=K**-0.5),
+            lora_B=suite.tensor(N, r, scale=0.02),
+            grad=suite.tensor(M, N, dtype=dtype),
+            p=p,
+            seed=seed,
+        )
+        for N in Ns
+    ]
+    group = Group(layers)
+    truth = group.truth()
+    product = 2.0 * M * sum(Ns) * K
+    moved = (M * K + sum(Ns) * (K + M)) * x.element_size()
+    for pass_, _, products in PASSES:
+        if not suite.wanted(title, (pass_,), dtype):
+            continue
+        count = {"fwd": len(Ns), "fwd+dx": len(Ns) + 1}.get(pass_, len(truth))
+        found = group_impls(group, pass_, truth)
+        for impl in ("ours", "loop"):
+            gap = harness.distance(found[impl](), truth[:count])
+            if not gap <= harness.TOLERANCE[dtype]:
+                raise ValueError(f"{title}: expected {impl} within {harness.TOLERANCE[dtype]} of float64, got {gap}")
+        suite.case(
+            title,
+            pass_,
+            dtype,
+            found,
+            expected=lambda count=count: truth[:count],
+            work=harness.Work(bytes=products * moved, flops=products * product),
+            tolerance=0.5,
+        )
+
+
 def cases(suite: harness.Suite) -> None:
     quick, on_gpu = suite.options.quick, suite.device.type == "cuda"
     layers = {"SmolLM2": [(576, 576)]} if quick else {**LAYERS, **(LARGE if on_gpu else {})}
@@ -181,6 +296,8 @@ def cases(suite: harness.Suite) -> None:
         lora(suite, "SmolLM2", rows[-1], K, N, 8, 0.0, dtype)
         for r in () if quick else (16, 64):
             lora(suite, "SmolLM2", rows[-1], K, N, r, 0.05, dtype)
+        for name, (K, Ns) in list(GROUPS.items())[: 1 if quick else None]:
+            lora_group(suite, name, rows[-1], K, Ns, 8, 0.05, dtype)
 
 
 if __name__ == "__main__":
