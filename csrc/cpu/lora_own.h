@@ -142,6 +142,20 @@ struct Own<torch::headeronly::BFloat16> {
     });
   }
   static void backward(const std::vector<Backward<T>>& group, const std::vector<Frozen>& weights) {
+    for (size_t begin = 0, end = 0; begin < group.size(); begin = end) {
+      int64_t terms = group[end++].N;
+      while (end < group.size() && terms + group[end].N <= tiles::kMaxTerms) {
+        terms += group[end++].N;
+      }
+      std::vector<Backward<T>> some(group.begin() + begin, group.begin() + end);
+      some.front().add = begin > 0;
+      backward_some(some, {weights.begin() + begin, weights.begin() + end});
+    }
+  }
+
+ private:
+  // dx of these is one product.
+  static void backward_some(const std::vector<Backward<T>>& group, const std::vector<Frozen>& weights) {
     const Packed packed(weights, 0, &tiles::pack);
     std::vector<Rank> ranks;
     std::vector<tiles::Work> works;

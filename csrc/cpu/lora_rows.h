@@ -85,7 +85,7 @@ struct Backward {
   W scaling;
   Dropout dropout;
   T* dx;           // [M][K], null: not wanted
-  bool add;        // to what the projections before gave dx; our own products sum over all of them instead
+  bool add;        // to what the projections before gave dx
   Parts<W> parts;  // of dA and dB
 
   bool wants_ds() const { return dx != nullptr || x != nullptr; }

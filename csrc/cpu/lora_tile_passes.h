@@ -257,7 +257,7 @@ COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& ri
       pack_left_added(s, f.r, rp, right.added, added + block * right.added * 2 * kTile);
     }
     const Side side{left, added, part, nullptr, 0};
-    multiply({&side, 1, right, last - m0, f.bias, nullptr, f.y + m0 * f.N});
+    multiply({&side, 1, right, last - m0, f.bias, nullptr, false, f.y + m0 * f.N});
   }
   _tile_release();
 }
@@ -370,7 +370,7 @@ COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& gro
           add_sums(f, m0, m, end_of_run, works[n], m == first, f.parts.A(part), f.parts.B(part));
         }
       }
-      multiply({sides.data(), count, right, last - m0, nullptr, masked, any.dx + m0 * any.K});
+      multiply({sides.data(), count, right, last - m0, nullptr, masked, any.add, any.dx + m0 * any.K});
     }
   }
   _tile_release();

@@ -34,7 +34,9 @@ constexpr int64_t kTile = 16 * 32;   // bfloat16 numbers of one tile: 16 rows of
 constexpr int64_t kPanel = 32;       // outputs, two tiles side by side; kRows = 32 rows are two tiles too
 constexpr int64_t kStep = 32;        // terms of the contraction that one tile holds
 constexpr int64_t kBlockSteps = 20;  // and so many steps of that panel: 40 KB
-constexpr int64_t kParts = 3;        // products of high and low halves: high high, low high, high low
+constexpr int64_t kMaxTerms =
+    1024;                      // of projections side by side: more of kBlockRows rows leaves the second-level cache
+constexpr int64_t kParts = 3;  // products of high and low halves: high high, low high, high low
 
 COLLM_INLINE int64_t steps_of(int64_t terms) { return round_up(terms, kStep) / kStep; }
 
@@ -298,6 +300,7 @@ struct Product {
   int64_t rows;
   const float* start;  // [outputs], null: zero
   float* masked;       // room for [2][count][1024] sums
+  bool add;            // to what `out` holds
   BFloat16* out;       // [rows][outputs]
 };
 
@@ -325,6 +328,11 @@ COLLM_TILES_INLINE void write_row(const Product& p, Waiting& w) {
     }
   }
   BFloat16* to = p.out + (w.row + i) * p.right.outputs + w.output;
+  if (p.add) {
+    const __m512i before = _mm512_maskz_loadu_epi16(exist, to);
+    a = _mm512_add_ps(a, widened(_mm512_castsi512_si256(before)));
+    b = _mm512_add_ps(b, widened(_mm512_extracti64x4_epi64(before, 1)));
+  }
   _mm512_mask_storeu_epi16(to, exist, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 

@@ -200,7 +200,7 @@ def test_arithmetic_of_strides(device: str) -> None:
     [
         (331, 96, [(72, 5), (300, 0), (33, 8)]),  # our own products, with tails of rows, terms and outputs
         (259, 700, [(49, 5), (50, 17)]),
-        (300, 130, [(961, 8), (64, 8)]),  # more terms than the one in float32 serves
+        (300, 130, [(961, 8), (64, 8)]),  # more terms than stand side by side
         (41, 50, [(33, 3), (31, 0)]),  # fewer rows
         (600, 64, [(640, 0), (64, 8), (200, 0)]),  # blocks of steps that end inside a projection
     ],
