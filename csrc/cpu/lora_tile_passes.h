@@ -5,6 +5,8 @@
 
 #include "lora_tiles.h"
 
+#include <vector>
+
 #if defined(COLLM_X86)
 
 namespace collm::lora::tiles {

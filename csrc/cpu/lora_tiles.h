@@ -15,7 +15,6 @@
 #include "tile_checks.h"
 
 #include <utility>
-#include <vector>
 
 #if defined(COLLM_X86)
 
