@@ -222,7 +222,8 @@ def main(arguments: Sequence[str]) -> int:
         for C in options.columns
     ]
     rows, report = tune(problems, 10 * major + minor, QUICK if options.quick else AXES)
-    note = f"Measured on {torch.cuda.get_device_name()}, torch {torch.__version__}, {options.rows} rows."
+    # Rows of other GPUs stay, and the note is of the last run alone.
+    note = f"sm_{major}{minor} was measured last: {torch.cuda.get_device_name()}, torch {torch.__version__}."
     if options.json is not None:
         options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": report}, indent=1) + "\n")
     print("".join(row_text(key, rows[key]) for key in sorted(rows)), end="")

@@ -1,5 +1,5 @@
 // The argument checks of lora_linear and its backward, one definition for csrc/cpu/lora.cpp and csrc/cuda/lora.cu.
-// Those of a group are lora_group_checks.h.
+// Those of a group are lora_group.h.
 //
 // collm_fast/ops/_lora_checks.py says the same sentences for the fake, Triton and the reference. No kernel lives here.
 #pragma once

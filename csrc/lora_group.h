@@ -104,6 +104,8 @@ inline void check_group_backward(const Tensors& grads, const Tensor& x, const Te
     }
     check_device(at, "grad", grad, Place{op, static_cast<int64_t>(first)}.name("grad"), grads[first]);
   }
+  // It chose the backend, wanted or not.
+  check_device({op}, "x", x, Place{op, static_cast<int64_t>(first)}.name("grad"), grads[first]);
 }
 
 // One projection of a call, as its op was given it.
@@ -149,6 +151,7 @@ struct Backwards {
   std::vector<Gradient> group;
   Tensor dx;
   bool wants_dx;
+  std::optional<Tensor> rows;  // of x, made for the first projection that reads it
 
   Backwards(const Tensor& grad, const Tensor& weight, bool wants_dx)
       : dx(wants_dx ? new_rows(grad, leading(grad), weight.size(1), grad.scalar_type()) : none(grad)),
@@ -163,7 +166,8 @@ struct Backwards {
     const Tensor &A = of.lora_A ? *of.lora_A : grad, &B = of.lora_B ? *of.lora_B : grad;
     Gradient g{of, as_rows(grad), std::nullopt, std::nullopt, made_if(dA, A), made_if(dB, B)};
     if (dA) {
-      g.x = as_rows(x);
+      rows = rows ? rows : std::optional(as_rows(x));
+      g.x = rows;
     }
     if (dB) {
       g.s = packed_rows(s);

@@ -278,14 +278,14 @@ def lora_linear_group_backward(
     dAs, dBs = [A.new_empty(0) for A in lora_As], [B.new_empty(0) for B in lora_Bs]
     # scaling and the mask's 1 / (1 - q) go into ds once: dx and dA both want them.
     scale, wide = scaling * 65536 / (65536 - masks.threshold), torch.promote_types(first.dtype, torch.float32)
-    ds = {}
+    ds, inputs = {}, lora._rows(x) if any(wants_dA) else x
     for j in adapted:
         ds[j] = first.new_empty((0, lora_As[j].shape[0]), dtype=wide)
         if M > 0 and (wants_dx or wants_dA[j]):
             ds[j] = lora._project(rows[j], lora_Bs[j].T, scale, None, 0, 0)
         if wants_dA[j]:
             mask = (masks.seeds[j] if masks.seeds else None, streams[j], masks.threshold)
-            dAs[j] = lora._outer(lora._rows(x), ds[j], 1.0, *mask).to(lora_As[j].dtype)
+            dAs[j] = lora._outer(inputs, ds[j], 1.0, *mask).to(lora_As[j].dtype)
         if wants_dB[j]:
             s = lora._rows(ss[j]).contiguous()
             dBs[j] = lora._outer(rows[j], s, scaling, None, 0, 0).T.to(lora_Bs[j].dtype).contiguous()

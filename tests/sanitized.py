@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # The first is the best that this CPU has: AMX tiles, where it has them.
 SIMD = ("", "avx512", "avx2", "baseline")
-FILES = ("lora", "attention", "decoder", "inject", "propagate", "layer")
+FILES = ("lora", "lora_group", "attention", "decoder", "inject", "propagate", "layer")
 LEFT_OUT = "cuda or triton or compile or hopper or backend or instruction_set or opcheck or bits_do or bits_depend"
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -246,7 +246,8 @@ def test_captured_steps_give_what_steps_give(bench: ModuleType, stage: int) -> N
     begin = bench.train_llm.start(60, 60, base.config.hidden_size, (5, 6), torch.device("cpu"))
     model = bench.train_llm.with_our_layers(base, begin, stage)
     plan = [np.arange(8), np.arange(8, 16)]
-    graphs = bench.StepGraphs(bench.peers.ours(model), model.parameters, lambda run: run)
+    capture = SimpleNamespace(first=lambda run: run(), record=lambda run: run)
+    graphs = bench.StepGraphs(bench.peers.ours(model), model.parameters, capture)
     logits = bench.peers.ours_logits(bench.peers.ours(model), prompts)
     captured = bench.train_steps.graph_steps(graphs, model.parameters, plan, prompts)
     usual = bench.train_steps.steps(logits, model.parameters, plan, prompts)

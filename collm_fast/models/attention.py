@@ -30,8 +30,9 @@ def kernel_of(query: Tensor) -> Kernel:
 
     paths     bfloat16 on a CPU with AMX tiles: our own kernel, one call for all trees
     products  bfloat16 on another CPU, and float32 on any while a gradient is wanted: batched products with float32
-              scores, one call a branch. Forward and backward of torch's fused kernel take 2 to 4 times as long there
-              at these sizes, its forward alone in float32 as long.
+              scores, one call a branch (in float32 of at most 512 keys, else torch's fused attention). Forward and
+              backward of torch's fused kernel take 2 to 4 times as long there at these sizes; its forward alone in
+              float32 takes as long.
     flex      half precision on CUDA, where triton is importable: FlexAttention, one call for all trees
     fused     everything else: torch's fused attention, one call a branch on a CPU and one a tree on a GPU
     """

@@ -168,9 +168,9 @@ class CoLLM(nn.Module):
         return Layout.of(batch, self.device, free_branches=free, padded=padded)
 
     def compute(self, layout: Layout) -> Tensor:
-        """The logits of a batch that is laid out, [B] float32; the device is not waited for, and nothing moved to it.
+        """The logits of a batch that is laid out, [B] float32. Nothing waits for the device.
 
-        (But for a prefix cache in host memory, and where the model's own attention or forward does.)
+        And nothing is moved to it once `Layout.tensors` was called, but for a prefix cache in host memory.
         """
         moved, plan, head = layout.batch, layout.plan, layout.head
         mapped = self.mapped_rows(moved)

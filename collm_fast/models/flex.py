@@ -24,8 +24,9 @@ from collm_fast.data.transfer import on_device
 # What torch's kernels can do with a head.
 _LEAST_WIDTH = 16
 _BLOCK = 128
-# A run has few pairs of lengths: with and without a graph, and with what a model has of windows.
-_COMPILATIONS = 128
+# A run has few pairs of lengths, each with and without a graph and with what a model has of windows. Beyond the limit
+# torch would go on uncompiled, with a warning, and hold all scores at once.
+_COMPILATIONS = 256
 
 
 class Axes(NamedTuple):
@@ -125,7 +126,7 @@ def block_mask(places: Axes, window: int | None, device: torch.device) -> Mask:
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """FlexAttention, compiled once a process for each length.
+    """FlexAttention, compiled once a process for each pair of lengths.
 
     Not with dynamic lengths: through torch 2.14 its own checks make them constants again (pytorch issue 189952).
     """

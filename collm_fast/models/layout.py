@@ -1,8 +1,8 @@
 """What one forward of a packed batch reads, made before it starts: its trees, and everything else on the device.
 
-`CoLLM.layout` makes it, `CoLLM.compute` reads it, and between the two nothing is moved to a device or waited for. The
-tensors of a padded layout fit into those of another one of its shape, which is what a CUDA graph needs
-(training/graphs.py). Floor F2.
+`CoLLM.layout` makes it and `CoLLM.compute` reads it. Once `tensors` was called, which also makes the masks, nothing is
+moved to a device any more; and the tensors of a padded layout fit into those of another one of its shape, which is what
+a CUDA graph needs (training/graphs.py). Floor F2.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _padded(
     filled = replace(
         batch,
         token_ids=F.pad(batch.token_ids, (0, tokens)),
-        position_ids=torch.cat((batch.position_ids, torch.arange(tokens))),
+        position_ids=F.pad(batch.position_ids, (0, tokens)),
         row_index=F.pad(batch.row_index, (0, tokens), value=-1),
         tree=F.pad(batch.tree, (0, tokens), value=len(plan.trees)),
         branch=F.pad(batch.branch, (0, tokens), value=-1),

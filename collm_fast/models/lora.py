@@ -136,8 +136,14 @@ def _share_a_step(layers: Sequence[nn.Module], adapted: Sequence[LoraLinear]) ->
     bases: list[nn.Module] = [layer.base if isinstance(layer, LoraLinear) else layer for layer in layers]
     # Another class may compute something else (a quantised base); a hook wants to be called.
     plain = all(type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters()) for base in bases)
-    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in (*layers, *bases))
-    return plain and not hooks and len({(layer.scaling, layer.dropout, layer.draws) for layer in adapted}) == 1
+    hooked = any(_is_hooked(module) for module in (*layers, *bases))
+    return plain and not hooked and len({(layer.scaling, layer.dropout, layer.draws) for layer in adapted}) == 1
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

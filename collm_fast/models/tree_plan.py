@@ -218,4 +218,5 @@ def _additive(visible: Tensor, like: Tensor) -> Tensor:
     # float32 for the products, the inputs' own dtype for torch's kernel.
     dtype = torch.float32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else like.dtype
     mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
-    return on_device(mask, like.device)
+    # Not from pinned memory: of a long tree it would take hundreds of megabytes of that.
+    return mask.to(like.device, non_blocking=True)

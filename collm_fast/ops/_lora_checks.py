@@ -225,6 +225,8 @@ def check_group_backward(
             _check_linear_dtypes(at, grad, weight, None)
             _check_devices(at, at.name("grad"), grad, {"weight": weight})
         _check_devices(at, Place(op, first).name("grad"), grads[first], {"grad": grad})
+    # It chose the backend, wanted or not.
+    _check_devices(Place(op), Place(op, first).name("grad"), grads[first], {"x": x})
 
 
 def _check_lengths(op: str, *lists: Sequence[object]) -> None:

@@ -131,7 +131,7 @@ def _check_softmax_backward(grad: Tensor, weights: Tensor, dtype: torch.dtype | 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check_norm("rms_norm", x, weight)
     wide = x.to(_sum_type(x))
-    return reference.rms_norm(x, weight, eps), torch.rsqrt(wide.square().mean(-1) + eps)
+    return reference.rms_norm(x, weight, eps).contiguous(), torch.rsqrt(wide.square().mean(-1) + eps).contiguous()
 
 
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None) -> Tensor:
@@ -139,7 +139,7 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, r
     wide, inner = x.to(scale.dtype), grad.to(scale.dtype) * weight.to(scale.dtype)
     scale = scale[..., None]
     dx = (inner - wide * (scale.square() * (inner * wide).mean(-1, keepdim=True))) * scale
-    return (dx if residual is None else dx + residual.to(dx.dtype)).to(x.dtype)
+    return (dx if residual is None else dx + residual.to(dx.dtype)).to(x.dtype).contiguous()
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:

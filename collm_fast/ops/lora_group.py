@@ -280,6 +280,10 @@ def project_group(
     require(len(set(lengths)) == 1, "lists of equal length", lengths, _OP)
     if torch.is_grad_enabled():
         check_group_frozen(weights, biases)
+    for name, entries in (("biases", biases), ("lora_As", lora_As), ("lora_Bs", lora_Bs)):
+        for j, entry in enumerate(entries):
+            # Without dimensions it would stand for one that is absent.
+            require(entry is None or is_there(entry), f"{name}[{j}] of one dimension at least", entry, _OP)
     for j, (A, B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
         if (A is None) != (B is None):
             require(False, f"lora_As[{j}] and lora_Bs[{j}] both given or both None", "one of them", _OP)

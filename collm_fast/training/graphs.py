@@ -3,18 +3,20 @@
 The kernels of a small model run shorter than their launches take. Batches are padded with tokens that nobody reads
 (models/layout.py), so that few shapes occur. The first batch of a shape runs as usual, which also compiles and warms
 up what it needs; the second is captured; later ones are copied into the captured one's tensors and replayed.
-What has run is all but `_capture` itself: on a GPU nothing of it has run yet. Floor F3.
+What has run is all but `CudaCapture`: on a GPU nothing of it has run yet. Floor F3.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from collm_fast import _native
 from collm_fast.data.packing import PackedBatch
 from collm_fast.models import attention
 from collm_fast.models.collm import CoLLM
@@ -34,6 +36,15 @@ class Passed(NamedTuple):
 Run = Callable[[], Passed]
 
 
+class Capture(Protocol):
+    """How a pass is run before it is captured, and how it is captured."""
+
+    def first(self, run: Run) -> Passed: ...
+
+    def record(self, run: Run) -> Run:
+        """Records the work of a call and returns what repeats it."""
+
+
 class _Captured(NamedTuple):
     inputs: list[Tensor]
     weight: Tensor
@@ -46,21 +57,19 @@ class StepGraphs:
     Args:
         model: with a decoder forward of ours and without a prefix cache, whose keys lie somewhere else in every step.
         parameters: what trains. Their gradients get memory of their own here: fill it with zeros, never set it to None.
-        capture: records the work of a call and returns what repeats it (a CUDA graph).
+        capture: None: by CUDA graphs.
     Attributes: captured: the number of shapes that are.
     Raises: ValueError for a model that cannot be captured.
     """
 
-    def __init__(
-        self, model: CoLLM, parameters: Iterable[nn.Parameter], capture: Callable[[Run], Run] | None = None
-    ) -> None:
+    def __init__(self, model: CoLLM, parameters: Iterable[nn.Parameter], capture: Capture | None = None) -> None:
         reason = _obstacle(model)
         if reason is not None:
             raise ValueError(f"cuda_graphs: expected {reason}")
         assert model.decoder is not None
         self.model = model
         self.windows = sorted(set(model.decoder.windows), key=lambda window: window or 0)
-        self.capture = _Capture() if capture is None else capture
+        self.capture = CudaCapture(model.device) if capture is None else capture
         self._gradients = [(parameter, torch.zeros_like(parameter)) for parameter in parameters]
         self.attach()
         self._met: set[tuple[int, ...]] = set()
@@ -89,9 +98,9 @@ class StepGraphs:
             fraction = torch.full((), weight, device=self.model.device)
             if shape not in self._met or len(self._graphs) == _MOST:
                 self._met.add(shape)
-                return self._run(layout, fraction)
+                return self.capture.first(lambda: self._run(layout, fraction))
             inputs = layout.tensors(self.windows)
-            replay = self.capture(lambda: self._run(layout, fraction))
+            replay = self.capture.record(lambda: self._run(layout, fraction))
             found = self._graphs[shape] = _Captured(inputs, fraction, replay)
         else:
             torch._foreach_copy_(found.inputs, layout.tensors(self.windows))
@@ -111,25 +120,55 @@ def _obstacle(model: CoLLM) -> str | None:
         return f"a model with a decoder forward, got {model.llm.config.model_type} through its own"
     if model.prefixes is not None:
         return "kv_cache_gb of 0, got a prefix cache"
+    if not model.decoder.fixed_positions:
+        return "rotary frequencies that do not depend on a batch's length, got others"
+    # Their forward may depend on all rows of a batch (int8's outliers), those that fill it up too, or read the device.
+    others = {type(m).__name__ for m in model.llm.modules() if _multiplies_its_own_way(m)}
+    if others:
+        return f"linear layers of plain weights, got {', '.join(sorted(others))}"
+    device = model.device.type
+    plain = [op for op in ("embed_inject", "gather_rows") if _native.backends[op].get(device) == "reference"]
+    if plain and device == "cuda":
+        return f"compiled kernels or Triton for {' and '.join(plain)}, got plain torch"
     query = model.table.new_empty(0, model.decoder.base.layers[0].self_attn.head_dim)
     if attention.kernel_of(query) != "flex":
         return f"half precision on CUDA, and triton, got {query.dtype} on {query.device}"
     return None
 
 
-class _Capture:
-    """CUDA graphs out of one pool of memory: they never run at the same time."""
+def _multiplies_its_own_way(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
-    def __init__(self) -> None:
-        self.pool: Any = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Run) -> Run:
+class CudaCapture:
+    """CUDA graphs on one stream and out of one pool of memory: they never run at the same time.
+
+    What runs before a capture runs on that stream, too: autograd's nodes remember the stream they were made on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def first(self, run: Run) -> Passed:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            passed = run()
+        current.wait_stream(self.stream)
+        return passed
+
+    def record(self, run: Run) -> Run:
+        # What is left of earlier passes must not end while a capture is under way.
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             passed = run()
 
         def replay() -> Passed:
-            graph.replay()
+            with torch.cuda.device(self.device):
+                graph.replay()
             return passed
 
         return replay

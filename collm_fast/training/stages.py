@@ -75,6 +75,8 @@ class Base:
             for name, stage in (("stage1", 1), ("stage2", 2))
         }
         device = resolve_device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and events are of the current device
         dtype = resolve_dtype(config.dtype, device)
         trusted, quantize = config.trust_remote_code, config.quantize
         llm, tokenizer = load_llm(config.llm, dtype=dtype, device=device, trust_remote_code=trusted, quantize=quantize)

@@ -53,7 +53,7 @@ class Updates:
             if values.device.type == "cuda":
                 values = torch.empty(2, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
                 written = torch.cuda.Event()
-                written.record()
+                written.record(torch.cuda.current_stream(norm.device))
         self._waiting.append(_Taken(self.loop.step, rows, values, written))
         if not self.late:
             self._check(self._waiting[0])

@@ -130,6 +130,15 @@ std::vector<int64_t> sizes_of(const Tensor& tensor, int64_t dims) {
   return sizes;
 }
 
+// The rows of x [..., W]; as many of no width.
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
+    rows *= x.size(d);
+  }
+  return rows;
+}
+
 // --- rms_norm -----------------------------------------------------------------------------------------------------
 void check_norm(const char* op, const Tensor& x, const Tensor& weight) {
   COLLM_CHECK(x.dim() >= 1, op, "x of shape [..., W], got ", shape(x));
@@ -146,7 +155,7 @@ void check_norm(const char* op, const Tensor& x, const Tensor& weight) {
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   check_norm("rms_norm", x, weight);
-  const int64_t width = x.size(-1), rows = width == 0 ? 0 : x.numel() / width;
+  const int64_t width = x.size(-1), rows = rows_of(x);
   const Tensor from = dense(x), w = dense(weight);
   Tensor y = torch::stable::new_empty(w, sizes_of(x, x.dim()));
   Tensor scale = torch::stable::new_empty(from, sizes_of(x, x.dim() - 1), sum_type(x));
@@ -177,7 +186,7 @@ Tensor rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weig
   if (residual) {
     check_like(op, "residual", *residual, "x", x);
   }
-  const int64_t width = x.size(-1), rows = width == 0 ? 0 : x.numel() / width;
+  const int64_t width = x.size(-1), rows = rows_of(x);
   COLLM_CHECK(scale.numel() == rows && scale.scalar_type() == sum_type(x), op, "the scale that rms_norm gave, got ",
               dtype(scale), " of shape ", shape(scale));
   const Tensor from = dense(grad), at = dense(x), w = dense(weight), s = dense(scale);

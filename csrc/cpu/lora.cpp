@@ -159,9 +159,10 @@ void forward_into(const Tensor& x, const Projection& of, double scaling, double 
   Forward<T> f{};
   f.x = static_cast<const T*>(x.data_ptr());
   f.x_stride = x.stride(0), f.K = K, f.N = of.weight.size(0), f.r = of.lora_A ? of.lora_A->size(0) : 0;
-  f.scaling = static_cast<W>(scaling), f.dropout = dropout(dropout_p, of.seed, of.stream);
+  f.scaling = static_cast<W>(scaling);
   f.y = static_cast<T*>(y.data_ptr()), f.s = static_cast<W*>(s.data_ptr());
   if (f.r > 0) {
+    f.dropout = dropout(dropout_p, of.seed, of.stream);
     f.a = factors.of_A(*of.lora_A), f.b = factors.of_B(*of.lora_B);
   }
   if (f.r > 0 || own) {
@@ -302,7 +303,7 @@ class Sums {
 };
 
 // dx where it is defined, and each projection's dA and dB, for the rows [M, N] of the gradients and [M, K] of x. dx is
-// one sum: of one product of our own, or of the vendor's products, each added to it.
+// one sum: of products of our own, each of as many projections as it holds, or of the vendor's, each added to it.
 template <typename T>
 void backward_into(const Backwards& call, double scaling, double dropout_p) {
   using W = typename Wide<T>::type;
@@ -322,9 +323,10 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
     f.x = g.x ? static_cast<const T*>(g.x->data_ptr()) : nullptr;
     f.x_stride = g.x ? g.x->stride(0) : 0;
     f.s = g.s ? static_cast<const W*>(g.s->data_ptr()) : nullptr;
-    f.scaling = static_cast<W>(scaling), f.dropout = dropout(dropout_p, g.of.seed, g.of.stream);
+    f.scaling = static_cast<W>(scaling);
     f.dx = dx ? static_cast<T*>(dx->data_ptr()) : nullptr;
     if (f.r > 0) {
+      f.dropout = dropout(dropout_p, g.of.seed, g.of.stream);
       f.a = factors.of_A(*g.of.lora_A), f.b = factors.of_B(*g.of.lora_B);
       f.add = std::exchange(begun, true);
     }

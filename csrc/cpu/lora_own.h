@@ -21,18 +21,18 @@ template <typename T>
 struct Own {
   static bool serves(int64_t, int64_t) { return false; }
 };
-// Rows do not meet in any sum of the forward, so how they are shared out does not change a bit.
-constexpr int64_t kUnit = 32;
-#if defined(COLLM_X86)
-template <typename T>
-constexpr bool has_own = std::is_same_v<T, float> || std::is_same_v<T, torch::headeronly::BFloat16>;
-
 // One frozen weight that goes into a right factor, and the factor of its rank.
 struct Frozen {
   Tensor weight;
   Factor<float> factor;
   int64_t r;
 };
+
+// Rows do not meet in any sum of the forward, so how they are shared out does not change a bit.
+constexpr int64_t kUnit = 32;
+#if defined(COLLM_X86)
+template <typename T>
+constexpr bool has_own = std::is_same_v<T, float> || std::is_same_v<T, torch::headeronly::BFloat16>;
 
 // Frozen weights as the right factor of a product over their dimension `term`, packed one below the other.
 template <typename T, typename R, typename P>

@@ -20,10 +20,11 @@ using avx512::first;
 using avx512::kBlockRows;
 using avx512::kRows;
 
-constexpr int64_t kPanel = 48;           // outputs of one block of sums: three vectors
-constexpr int64_t kSub = 8;              // and its rows: 24 sums in registers
-constexpr int64_t kMaxTerms = 960;       // longer sums leave the cache, and rows 4 KB apart share its lines
-constexpr int64_t kRun = 320;            // terms summed apart
+constexpr int64_t kPanel = 48;  // outputs of one block of sums: three vectors
+constexpr int64_t kSub = 8;     // and its rows: 24 sums in registers
+constexpr int64_t kMaxTerms =
+    960;                       // of a whole group; longer sums leave the cache, and rows 4 KB apart share its lines
+constexpr int64_t kRun = 320;  // terms summed apart
 constexpr int64_t kAhead = 24 * kPanel;  // what of a panel is asked for before it is used: 24 steps
 
 // Where the terms of one projection lie among those of a right factor, and its rank.

@@ -6,7 +6,8 @@
 // [x | s] [W | B]^T, backward in accumulators of its own, because the mask acts on them alone. A float32 number goes
 // into the tiles as two bfloat16 numbers, high and low, and three products: what is lost is 2^-16 of the update.
 // Between the steps of a product the outputs before are rounded, and the lines of these ones fetched: they lie outside
-// the second-level cache. The mask is not drawn there, it would take longer than alone. Every output is rounded once.
+// the second-level cache. The mask is not drawn there, it would take longer than alone. Every output is rounded once
+// for each kMaxTerms of terms.
 // Blocks are cut by shapes alone, so no number of threads changes a bit.
 #pragma once
 

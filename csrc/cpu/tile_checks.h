@@ -2,7 +2,7 @@
 // of any buffer, of the stack's arrays too. In other builds nothing is defined here.
 #pragma once
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) && defined(__x86_64__)
 
 #include <immintrin.h>
 #include <sanitizer/asan_interface.h>

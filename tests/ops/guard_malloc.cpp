@@ -4,7 +4,9 @@
 // Loaded before everything else (LD_PRELOAD). torch takes the memory of CPU tensors from posix_memalign and the kernels
 // take theirs from operator new with an alignment, which asks aligned_alloc; malloc stays as it is. An alignment leaves
 // bytes between the end of a block and the page: they hold a mark, looked at when the block is given back. A block is
-// full of NaN when it is new, and out of reach once it was given back. Nothing is used a second time.
+// full of NaN when it is new, and out of reach once it was given back: nothing is used a second time. The kernels of
+// LoRA and attention keep their working memory (csrc/cpu/lora_scratch.h): theirs is new in the first cases of a
+// process, later it may be larger than they asked for.
 #include <sys/mman.h>
 #include <unistd.h>
 

@@ -93,6 +93,42 @@ def lora() -> Iterator[Case]:
         yield f"backward {name}", [grad, x, weight, A, B, forward(*inputs)[1]], backward  # type: ignore[index]
 
 
+def lora_group() -> Iterator[Case]:
+    # N and r; the second in several products.
+    shapes = ([(33, 5), (31, 0), (49, 17)], [(64, 0), (961, 8), (64, 8)], [(7, 3), (16, 16)])
+    for dtype, M, shape, p in itertools.product(DTYPES, (1, 31, 257, 300), shapes, (0.0, 0.25)):
+        K, count = 45, len(shape)
+        x, absent = torch.randn(M, K).to(dtype), torch.zeros(())
+        weights, biases = [torch.randn(N, K).to(dtype) for N, _ in shape], [absent, torch.randn(shape[1][0]).to(dtype)]
+        As = [torch.randn(r, K) if r else absent for _, r in shape]
+        Bs = [torch.randn(N, r) if r else absent for N, r in shape]
+        grads, seeds = [torch.randn(M, N).to(dtype) for N, _ in shape], [torch.tensor([j]) for j in range(count)]
+        if p > 0:  # the other order in memory, and rows that are apart
+            x, grads, weights = apart(x, 7), [apart(g, 32) for g in grads], [w.T.contiguous().T for w in weights]
+        biases = [*biases, *[absent] * (count - 2)]
+        streams, wanted = list(range(count)), [r > 0 for _, r in shape]
+
+        def forward(*flat: Tensor, p: float = p, n: int = count, streams: list[int] = streams) -> object:
+            x, *lists = flat
+            parts = [list(lists[i * n : (i + 1) * n]) for i in range(5)]
+            return sum(ops.lora_linear_group(x, *parts[:4], 0.5, p, parts[4], streams), [])
+
+        def backward(
+            *flat: Tensor, p: float = p, n: int = count, streams: list[int] = streams, wanted: list[bool] = wanted
+        ) -> object:
+            x, *lists = flat
+            grads, weights, As, Bs, ss, seeds = (list(lists[i * n : (i + 1) * n]) for i in range(6))
+            rest = 0.5, p, seeds, streams, True, wanted, wanted
+            dx, dAs, dBs = ops.lora_linear_group_backward(grads, x, weights, As, Bs, ss, *rest)
+            return [dx, *dAs, *dBs]
+
+        name = f"{dtype} M={M} {shape} p={p}"
+        inputs = [x, *weights, *biases, *As, *Bs, *seeds]
+        yield f"forward {name}", inputs, forward
+        ss = forward(*inputs)[count:]  # type: ignore[index]
+        yield f"backward {name}", [x, *grads, *weights, *As, *Bs, *ss, *seeds], backward
+
+
 def path_attention() -> Iterator[Case]:
     if not _native.tiles():
         return
@@ -125,6 +161,10 @@ def decoder() -> Iterator[Case]:
         scale = ops.rms_norm(x, weight, 1e-5)[1]
         yield f"rms_norm {name}", [x, weight, 1e-5], ops.rms_norm
         yield f"rms_norm_backward {name}", [y, x, weight, scale, z], ops.rms_norm_backward
+        if dtype in (torch.bfloat16, torch.float16):  # what is normed may be wider than the weight
+            wide, scale = x.float(), ops.rms_norm(x.float(), weight, 1e-5)[1]
+            yield f"rms_norm of float32 {name}", [wide, weight, 1e-5], ops.rms_norm
+            yield f"its backward {name}", [y, wide, weight, scale, z.float()], ops.rms_norm_backward
         yield f"swiglu {name}", [x, y], ops.swiglu
         yield f"swiglu_backward {name}", [z, x, y], ops.swiglu_backward
         heads, cos, sin = (torch.randn(5, n * size).to(dtype) for n in (6, 2, 2))
@@ -195,7 +235,7 @@ FAULTS = (
     "write before a result",
     "use of what was given back",
 )
-FAMILIES = {f.__name__: f for f in (lora, path_attention, inject, decoder, propagate)}
+FAMILIES = {f.__name__: f for f in (lora, lora_group, path_attention, inject, decoder, propagate)}
 
 
 # --- one fork ----------------------------------------------------------------------------------------------------

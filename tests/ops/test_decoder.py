@@ -149,6 +149,13 @@ def test_the_residual_is_added_in_the_same_pass() -> None:
     torch.testing.assert_close(ops.rms_norm_backward(grad, x, weight, scale, residual), without + residual)
 
 
+def test_a_norm_of_no_width() -> None:
+    x = torch.empty(5, 0, requires_grad=True)
+    y, scale = ops.rms_norm(x, torch.empty(0), 1e-5)
+    y.sum().backward()
+    assert scale.shape == (5,) and scale.isnan().all() and x.grad is not None and x.grad.shape == (5, 0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_strided_and_empty_operands(name: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):

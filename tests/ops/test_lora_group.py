@@ -581,3 +581,19 @@ def test_triton_interpreter() -> None:
 @pytest.mark.skipif(in_child(), reason="needs triton")
 def test_reference_backend() -> None:
     assert run_with_backend("reference", __file__, CHILD + " or gradcheck or opcheck") > 60
+
+
+def test_a_bias_without_dimensions_is_not_none() -> None:
+    x, weight, A, B = torch.randn(3, 4), torch.randn(5, 4), torch.randn(2, 4), torch.randn(5, 2)
+    zero = torch.tensor(5.0)
+    with pytest.raises(ValueError, match=r"lora_linear_group: expected biases\[0\] of one dimension at least, got "):
+        lora_linear_group(x, [weight], [zero], [A], [B], 1.0)
+    with pytest.raises(ValueError, match=r"lora_linear_group: expected lora_As\[1\] of one dimension at least, got "):
+        lora_linear_group(x, [weight] * 2, [None] * 2, [A, zero], [B, zero], 1.0)
+
+
+def test_the_seed_of_a_frozen_projection_is_not_read() -> None:
+    absent, x, weight = torch.zeros(()), torch.randn(2, 8), torch.randn(4, 8)
+    nothing = torch.empty(0, dtype=torch.int64)
+    ys, _ = torch.ops.collm_fast.lora_linear_group(x, [weight], [absent], [absent], [absent], 1.0, 0.5, [nothing], [0])
+    torch.testing.assert_close(ys[0], x @ weight.T)

@@ -33,7 +33,10 @@ class Recorder:
     def __init__(self) -> None:
         self.captured = self.replayed = 0
 
-    def __call__(self, run: Callable[[], Passed]) -> Callable[[], Passed]:
+    def first(self, run: Callable[[], Passed]) -> Passed:
+        return run()
+
+    def record(self, run: Callable[[], Passed]) -> Callable[[], Passed]:
         self.captured += 1
 
         def replay() -> Passed:
@@ -107,7 +110,7 @@ def test_no_more_shapes_than_allowed(tmp_path: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("flex_attention")
 def test_a_stage_ends_as_without_graphs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(graphs, "_Capture", lambda: recorder)
+    monkeypatch.setattr(graphs, "CudaCapture", lambda device: recorder)
     whole, expected = run(tmp_path / "plain", model=lora_model())
     found, parameters = run(tmp_path / "graphs", model=lora_model(), cuda_graphs=True)
     assert recorder.replayed > recorder.captured > 0
@@ -122,6 +125,20 @@ def test_what_cannot_be_captured_says_so(tmp_path: Any, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="cuda_graphs: expected kv_cache_gb of 0, got a prefix cache"):
         StepGraphs(mapper_model(kv_cache_gb=0.1), [])
     model = mapper_model()
+    assert model.decoder is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder, "fixed_positions", False)
+        with pytest.raises(ValueError, match="expected rotary frequencies that do not depend on a batch's length"):
+            StepGraphs(model, [])
+
+    class Other(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.llm.base_model.layers[1].mlp, "up_proj", Other(2, 2))
+        with pytest.raises(ValueError, match="cuda_graphs: expected linear layers of plain weights, got Other"):
+            StepGraphs(model, [])
     monkeypatch.setattr(model, "decoder", None)
     with pytest.raises(ValueError, match="cuda_graphs: expected a model with a decoder forward, got llama through"):
         StepGraphs(model, [])
