@@ -37,6 +37,7 @@ from collm_fast.data.prompts import Prompts
 from collm_fast.evaluate import score_prompts
 from collm_fast.models.llm import cpu_has_bf16
 from collm_fast.training.graphs import StepGraphs
+from collm_fast.training.memory import EVERY_STEPS, bound_caches, give_back_memory
 
 BATCH, EVAL_BATCH = 16, 64  # the official configurations of MovieLens-1M
 CANDIDATES = 1000
@@ -223,6 +224,9 @@ class Bench:
 
         def one(number: int) -> None:
             train_steps.step(logits, optimizer, plan[number], prompts)
+            # As the trainer's loop does.
+            if (number + 1) % EVERY_STEPS == 0:
+                give_back_memory(self.suite.device)
 
         return {"dtype": dtype_name(dtype), **train_memory.watch(one, count, self.suite.device)}
 
@@ -267,6 +271,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cases(suite: harness.Suite) -> None:
+    bound_caches()
     bench = Bench(suite)
     for name, (stage, order) in STEPS.items():
         for dtype in bench.dtypes:

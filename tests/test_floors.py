@@ -35,7 +35,7 @@ FLOORS = {
 # The package itself imports the ops and nothing above them, except by name and later (module __getattr__).
 ROOT_FLOOR = 1
 # Rules of the platform, not settings of ours.
-SYSTEM_VARIABLES = {"XDG_CACHE_HOME", "WORLD_SIZE"}
+SYSTEM_VARIABLES = {"XDG_CACHE_HOME", "WORLD_SIZE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"}
 LAZY_ONLY = {"transformers", "peft", "pyarrow", "matplotlib", "tensorboard", "tqdm", "triton", "gguf"}
 
 

@@ -31,6 +31,7 @@ from collm_fast.models.collm import CoLLM
 from collm_fast.models.lora import set_step_seed
 from collm_fast.training.graphs import StepGraphs
 from collm_fast.training.interrupt import Interrupted, Stop
+from collm_fast.training.memory import EVERY_STEPS, give_back_memory
 from collm_fast.training.state import History, StageState
 from collm_fast.training.updates import Updates
 from collm_fast.training.validation import Validation
@@ -198,6 +199,8 @@ def train_stage(
             bar.update()
             _event(options, "train/lr", rate, loop.step)
             _event(options, "train/prompts_per_second", speed, loop.step)
+            if loop.step % EVERY_STEPS == 0:
+                give_back_memory(options.device)
             if time.monotonic() - saved > 60.0 * options.checkpoint_minutes:
                 tell(all_of_them=True)
                 _save(loop, options)

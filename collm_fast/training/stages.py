@@ -28,6 +28,7 @@ from collm_fast.models.llm import answer_ids, cache_folder, fingerprint, load_ll
 from collm_fast.models.lora import add_lora
 from collm_fast.models.mapper import IdStatistics, Mapper, id_statistics
 from collm_fast.training.loop import derived_seed
+from collm_fast.training.memory import bound_caches
 
 # What a stage trains, by the last words of its parameters' names; everything else is frozen.
 TRAINABLE = {"lora": ("lora_A", "lora_B"), "cie": ("mapper",)}
@@ -74,6 +75,7 @@ class Base:
             else PromptTemplate.load(getattr(config.prompt, name), dataset.domain, stage=stage)
             for name, stage in (("stage1", 1), ("stage2", 2))
         }
+        bound_caches()
         device = resolve_device(config.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # streams and events are of the current device
