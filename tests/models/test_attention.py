@@ -37,19 +37,14 @@ def test_equals_a_dense_mask_with_gradients(seed: int, window: int | None, per_b
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("whole_up_to", [0, 320])
-@pytest.mark.parametrize("per_branch", [True, False])
-@pytest.mark.parametrize("kernel", ["products", pytest.param("paths", marks=requires("tiles"))])
-def test_bfloat16_is_as_exact_as_torch(
-    kernel: str, per_branch: bool, whole_up_to: int, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "_WHOLE", whole_up_to)
-    monkeypatch.setattr(attention, "kernel_of", lambda query: kernel)
+def as_exact_as_torch(
+    dtype: torch.dtype, window: int | None, per_branch: bool
+) -> tuple[TreePlan, list[Tensor], list[Tensor]]:
+    """Output and gradients are at most twice as far from float64 as a dense mask's; returns plan, inputs and truth."""
     tree, branch, position = random_layout(np.random.default_rng(7), trees=3)
     generator = torch.Generator().manual_seed(7)
-    low = [torch.randn(1, h, len(tree), 16, generator=generator).bfloat16() for h in (4, 2, 2)]
-    grad = torch.randn(1, 4, len(tree), 16, generator=generator).bfloat16()
+    low = [torch.randn(1, h, len(tree), 16, generator=generator).to(dtype) for h in (4, 2, 2)]
+    grad = torch.randn(1, 4, len(tree), 16, generator=generator).to(dtype)
     mask = dense_mask(tree, branch, position, window)
     plan = TreePlan(tree.numpy(), branch.numpy(), per_branch=per_branch)
 
@@ -61,13 +56,26 @@ def test_bfloat16_is_as_exact_as_torch(
         return tree_attention(q, k, v, plan, scaling=None, window=window)
 
     found = []
-    for function, dtype in ((dense, torch.float64), (dense, torch.bfloat16), (ours, torch.bfloat16)):
-        leaves = [x.to(dtype).requires_grad_() for x in low]
+    for function, kind in ((dense, torch.float64), (dense, dtype), (ours, dtype)):
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in low]
         out = function(*leaves)
-        assert out.dtype == dtype
-        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+        assert out.dtype == kind
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(kind))])
     for truth, theirs, got in zip(*found, strict=True):
         assert got.shape == truth.shape and (got - truth).norm() <= 2 * (theirs - truth).norm()
+    return plan, low, found[0]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("whole_up_to", [0, 320])
+@pytest.mark.parametrize("per_branch", [True, False])
+@pytest.mark.parametrize("kernel", ["products", pytest.param("paths", marks=requires("tiles"))])
+def test_bfloat16_is_as_exact_as_torch(
+    kernel: str, per_branch: bool, whole_up_to: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_WHOLE", whole_up_to)
+    monkeypatch.setattr(attention, "kernel_of", lambda query: kernel)
+    as_exact_as_torch(torch.bfloat16, window, per_branch)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -84,32 +92,13 @@ def test_float32_with_a_gradient_is_as_exact_as_torch(
     monkeypatch.setattr(
         attention._Products, "apply", lambda q, k, *rest: by_products.append(k.shape[2]) or apply(q, k, *rest)
     )
-    tree, branch, position = random_layout(np.random.default_rng(7), trees=3)
-    generator = torch.Generator().manual_seed(7)
-    single = [torch.randn(1, h, len(tree), 16, generator=generator) for h in (4, 2, 2)]
-    grad = torch.randn(1, 4, len(tree), 16, generator=generator)
-    mask = dense_mask(tree, branch, position, window)
-    plan = TreePlan(tree.numpy(), branch.numpy(), per_branch=per_branch)
-
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return tree_attention(q, k, v, plan, scaling=None, window=window)
-
-    found = []
-    for function, dtype in ((dense, torch.float64), (dense, torch.float32), (ours, torch.float32)):
-        leaves = [x.to(dtype, copy=True).requires_grad_() for x in single]
-        out = function(*leaves)
-        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    plan, single, truth = as_exact_as_torch(torch.float32, window, per_branch)
     assert plan.kernel == "products" and all(keys <= longest for keys in by_products)
     assert bool(by_products) is (longest > (0 if per_branch else 9))
-    for truth, theirs, got in zip(*found, strict=True):
-        assert (got - truth).norm() <= 2 * (theirs - truth).norm()
     by_products.clear()
     with torch.no_grad():
-        torch.testing.assert_close(ours(*single), found[0][0].float(), rtol=0, atol=1e-6)
+        out = tree_attention(*single, plan, scaling=None, window=window)
+    torch.testing.assert_close(out, truth[0].float(), rtol=0, atol=1e-6)
     assert plan.kernel == "fused" and not by_products
 
 
