@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from collm_fast.config import CacheOn, Loss
+from collm_fast.data.prompts import TARGET, USER
 from collm_fast.models.attention import register
 from collm_fast.models.decoder import FAMILIES, Decoder, Past, Rotary, own_forward
 from collm_fast.models.layout import Head, Layout
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from collm_fast.models.cf.frozen import CFModel
 
 _log = logging.getLogger(__name__)
-
-_USER, _TARGET = 1, 3
 
 
 class CoLLM(nn.Module):
@@ -232,14 +231,14 @@ class CoLLM(nn.Module):
         """[S, d_in] float32: embedding, statistics and, in a target item's slot, the product u * i."""
         assert self.mapper is not None
         role, index = batch.slot_role.to(self.device), batch.slot_id.to(self.device).long()
-        is_user = role == _USER
+        is_user = role == USER
         # Index 0 is padding in both tables: each gather stays inside its table whatever the other's size.
         user = self.user_table[index.masked_fill(~is_user, 0)]
         item = self.item_table[index.masked_fill(is_user, 0)]
         features = torch.where(is_user[:, None], user, item)
         if self.mapper.pair_dim:
             d, pair = self.mapper.d, batch.slot_pair.to(self.device).long()
-            target = role == _TARGET
+            target = role == TARGET
             pair = pair.masked_fill(~target[:, None], 0)
             product = self.user_table[pair[:, 0], :d] * self.item_table[pair[:, 1], :d]
             features = torch.cat((features, product.masked_fill(~target[:, None], 0)), dim=1)
@@ -251,9 +250,9 @@ class CoLLM(nn.Module):
         if self.mapper is None:
             raise ValueError(f"collm: expected a mapper for the prompts' {batch.slot_id.numel()} slots, got None")
         role, index = batch.slot_role.cpu().numpy(), batch.slot_id.cpu().numpy()
-        sides = [("user", self.user_table, index[role == _USER]), ("item", self.item_table, index[role != _USER])]
+        sides = [("user", self.user_table, index[role == USER]), ("item", self.item_table, index[role != USER])]
         if self.mapper.pair_dim:
-            pair = batch.slot_pair.cpu().numpy()[role == _TARGET]
+            pair = batch.slot_pair.cpu().numpy()[role == TARGET]
             if (pair[:, 0] == 0).any():
                 raise ValueError("collm: expected a batch packed with pairs=True for a +pair mapper, got one without")
             sides += [("user", self.user_table, pair[:, 0]), ("item", self.item_table, pair[:, 1])]

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collm_fast.data.packing import PackedBatch
+from collm_fast.data.prompts import USER
 from collm_fast.data.transfer import on_device
 from collm_fast.models.decoder import gradient_free
 from collm_fast.models.flex import padded_length
 from collm_fast.models.tree_plan import TreePlan
-
-_USER = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _padded(
         row_index=F.pad(batch.row_index, (0, tokens), value=-1),
         tree=F.pad(batch.tree, (0, tokens), value=len(plan.trees)),
         branch=F.pad(batch.branch, (0, tokens), value=-1),
-        slot_role=F.pad(batch.slot_role, (0, slots), value=_USER),
+        slot_role=F.pad(batch.slot_role, (0, slots), value=USER),
         slot_id=F.pad(batch.slot_id, (0, slots)),
         slot_pair=F.pad(batch.slot_pair, (0, 0, 0, slots)),
     )

@@ -20,6 +20,7 @@ import pytest
 import torch
 from backends import ROOT, in_child, run_with_backend
 from conftest import requires
+from distances import relative
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -66,12 +67,6 @@ def run(function: Any, case: Case, **options: Any) -> list[Tensor]:
     y = function(leaves[0], case.weight, case.bias, leaves[1], leaves[2], SCALING, **options)
     grads = torch.autograd.grad(y, leaves, case.grad.to(y.dtype))
     return [y.detach(), *grads]
-
-
-def relative(value: Tensor, truth: Tensor) -> float:
-    assert value.shape == truth.shape
-    difference = (value.double() - truth.double()).norm()
-    return 0.0 if difference == 0 else float(difference / truth.double().norm())
 
 
 def check(case: Case, **options: Any) -> None:

@@ -19,6 +19,7 @@ import torch
 from backends import CHILD as CHILD_VARIABLE
 from backends import in_child, run_with_backend
 from conftest import requires
+from distances import relative
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -79,12 +80,6 @@ def run(function: Any, case: Case, **options: Any) -> dict[str, Tensor | None]:
     outputs, grads = zip(*used, strict=True)
     found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
     return {**{f"y{j}": y.detach() for j, y in enumerate(ys)}, **dict(zip(leaves, found, strict=True))}
-
-
-def relative(value: Tensor, truth: Tensor) -> float:
-    assert value.shape == truth.shape
-    difference = (value.double() - truth.double()).norm()
-    return 0.0 if difference == 0 else float(difference / truth.double().norm())
 
 
 def check(case: Case, **options: Any) -> None:
