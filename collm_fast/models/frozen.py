@@ -52,6 +52,12 @@ def norm(module: Any, x: Tensor, *, wide: bool = False) -> Tensor:
     return out
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
+
+
 def mlp_residual(layer: Any, x: Tensor) -> Tensor:
     """x + layer.mlp(layer.post_attention_layernorm(x)), x [T, H].
 
@@ -73,9 +79,9 @@ def _frozen_weights(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     # Another class may compute something else (an adapter, a quantised base); a hook wants to be called.
     plain = all(type(p) is nn.Linear and p.bias is None and not p.weight.requires_grad for p in parts)
     silu = type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in (mlp, before, *parts) if m is not None)
+    hooked = any(is_hooked(m) for m in (mlp, before, *parts) if m is not None)
     normal = hasattr(before, "variance_epsilon") and not before.weight.requires_grad
-    if not (plain and silu and normal) or hooks:
+    if not (plain and silu and normal) or hooked:
         return None
     gate, up, down = (p.weight for p in parts if p is not None)
     return before.weight, gate, up, down

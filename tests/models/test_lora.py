@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from collm_fast import reference
 from collm_fast.config import LoraConfig
 from collm_fast.models import lora as models_lora
+from collm_fast.models.frozen import is_hooked
 from collm_fast.models.lora import (
     LoraLinear,
     add_lora,
@@ -275,3 +276,16 @@ def test_layers_that_differ_run_alone(steps: list[int]) -> None:
     assert torch.equal(project_together([k, k], x)[1], k(x)) and steps == [], "frozen layers alone gain nothing"
     project_together(layers, x)
     assert steps == [3]
+
+
+def test_what_is_hooked_is_called_itself() -> None:
+    """Also for backward hooks and a forward of the instance, as offloading sets it: one rule for every joined step."""
+    layer = torch.nn.Linear(2, 2)
+    assert not is_hooked(layer)
+    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        handle = getattr(layer, f"register_{register}")(lambda *args: None)
+        assert is_hooked(layer), register
+        handle.remove()
+        assert not is_hooked(layer)
+    layer.forward = layer.forward  # type: ignore[method-assign]
+    assert is_hooked(layer)
