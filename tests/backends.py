@@ -4,7 +4,7 @@ The backend is decided once at import, and Triton decides at import whether its 
 a process of its own. The tests are the same ones: `run_with_backend("triton", __file__, "forward or gradients")` runs
 this file's tests whose names match, with every op on Triton's interpreter. Coverage follows into the child
 (`patch = ["subprocess"]` of coverage's configuration), and the interpreter executes kernel bodies as Python lines, so
-lines of kernels/ that a test reaches count.
+lines of kernels/ that the first case of a test reaches count (conftest.py).
 
 A test file that uses this says where it is meant to run in children:
 

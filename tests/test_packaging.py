@@ -1,7 +1,7 @@
 """The wheel and the sdist: what they hold, that the wheel runs outside the tree, what importing costs.
 
-The wheel is built once, without CUDA (test_cuda_build.py builds that), and unpacked into a folder that comes first on
-the path, as an installation beside other packages would.
+The wheel is built once, without CUDA (test_cuda_build.py builds that) and without optimisation, which takes half of the
+time, and unpacked into a folder that comes first on the path, as an installation beside other packages would.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel") / "dist"
-    return build("wheel", source, out, COLLM_FAST_CUDA="0", COLLM_FAST_REQUIRE_NATIVE="1")
+    unoptimised = {"CMAKE_BUILD_TYPE": "None", "CXXFLAGS": "-DNDEBUG"}
+    return build("wheel", source, out, COLLM_FAST_CUDA="0", COLLM_FAST_REQUIRE_NATIVE="1", **unoptimised)
 
 
 @pytest.fixture(scope="module")
