@@ -82,7 +82,8 @@ def description(device: torch.device) -> dict[str, Any]:
     return {"device": name, "cpu": cpu, "simd": simd(), "commit": commit(), "versions": versions()}
 
 
-def _status(key: str) -> int:
+def resident(key: str) -> int:
+    """Bytes of this process's memory: VmRSS, what it has now, or VmHWM, the most since that mark was reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
@@ -106,8 +107,8 @@ def peak_bytes(fn: Callable[[], object], device: torch.device) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = resident("VmRSS")
         fn()
-        return max(0, _status("VmHWM") - before)
+        return max(0, resident("VmHWM") - before)
     except (OSError, AttributeError):
         return None

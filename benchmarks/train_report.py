@@ -86,7 +86,11 @@ def memory_line(memory: Mapping[str, Any]) -> str:
     if memory["growth_bytes"] is None:
         return f"memory after {memory['steps']} steps: too few to tell"
     growth, slope = memory["growth_bytes"] / 2**20, memory["growth_bytes_per_step"] / 2**10
-    return f"memory from step 50 to {memory['steps']}: {growth:+.1f} MiB, {slope:+.2f} KiB a step"
+    peaks = " and ".join(f"{peak / 2**20:.0f}" for peak in memory["halves_peak_bytes"])
+    return (
+        f"memory from step 50 to {memory['steps']}: {growth:+.1f} MiB, {slope:+.2f} KiB a step; "
+        f"highest in each half {peaks} MiB"
+    )
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, requires
 from flex_on_cpu import flex_attention  # noqa: F401  (a fixture)
 from small_run import save_llm, write_ratings
 
@@ -76,7 +76,9 @@ def test_every_case_gives_what_the_naive_way_gives(bench: ModuleType, tmp_path: 
     assert result["data"]["rank-40"]["samples_timed_of_peers"] == 10
     assert len(result["summary"]) == len(result["rows"])
     assert all(entry["ours_over_it"] > 0 and 0 < entry["floor_fraction"] for entry in result["summary"])
-    assert len(result["data"]["memory"]["bytes"]) == 2 and result["data"]["memory"]["growth_bytes"] is None
+    memory = result["data"]["memory"]
+    assert len(memory["bytes"]) == len(memory["peak_bytes"]) == 2 and memory["growth_bytes"] is None
+    assert all(peak >= now > 0 for now, peak in zip(memory["bytes"], memory["peak_bytes"], strict=True))
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -286,15 +288,22 @@ def test_typical_groups_are_whole(bench: ModuleType) -> None:
 
 def test_memory_growth_is_counted_from_the_fiftieth_step(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     watch, device = bench.train_memory.watch, torch.device("cpu")
-    read = iter([100, 200, 300, 400, 500, 530, 560, 590])
+    seen, peaks = [100, 200, 300, 400, 500, 530, 560, 590], [900, 200, 300, 400, 600, 800, 700, 600]
+    read = iter(zip(seen, peaks, strict=True))
     monkeypatch.setattr(bench.train_memory, "_memory", lambda device: next(read))
     ran: list[int] = []
     found = watch(ran.append, 80, device)
-    assert ran == list(range(80)) and found["bytes"] == [100, 200, 300, 400, 500, 530, 560, 590]
+    assert ran == list(range(80)) and found["bytes"] == seen and found["peak_bytes"] == peaks
     assert found["growth_bytes"] == 90 and found["growth_bytes_per_step"] == pytest.approx(3.0)
-    assert "+0.00 KiB a step" in bench.train_report.memory_line(found)
-    monkeypatch.undo()
-    assert bench.train_memory._memory(device) > 10 << 20
+    assert found["halves_peak_bytes"] == [800, 700]
+    assert "+0.00 KiB a step; highest in each half 0 and 0 MiB" in bench.train_report.memory_line(found)
+
+
+@requires("peak")
+def test_the_peak_of_a_step_is_seen_after_it(bench: ModuleType) -> None:
+    seen = bench.train_memory.watch(lambda number: torch.ones((number // 10) << 26).numel(), 20, torch.device("cpu"))
+    assert seen["peak_bytes"][1] - seen["bytes"][1] > 200 << 20  # 256 MiB of ones in each of the last ten steps
+    assert seen["bytes"][1] - seen["bytes"][0] < 100 << 20
 
 
 def test_scaled_times(bench: ModuleType) -> None:
