@@ -18,9 +18,10 @@ from torch import Tensor
 from collm_fast.config import LoraConfig
 from collm_fast.data.packing import pack
 from collm_fast.data.prompts import HISTORY, TARGET, TEXT, USER, Prompts
+from collm_fast.models import frozen
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.decoder import Decoder, gradient_free
-from collm_fast.models.frozen import norm
+from collm_fast.models.frozen import mlp_residual, norm
 from collm_fast.models.lora import add_lora, lora_layers, set_dropout, set_step_seed
 from collm_fast.models.tree_plan import TreePlan
 
@@ -359,3 +360,25 @@ def test_the_norm_has_the_gradient_of_the_models_own(shape: tuple[int, ...]) -> 
     assert (got - want).norm() <= 1e-6 * want.norm()
     module.requires_grad_(True)
     assert torch.autograd.grad(norm(module, x).sum(), module.weight)[0].norm() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 6, 7, 8, 23])
+def test_the_mlp_without_a_graph_goes_over_a_few_rows_at_a_time(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, and with the values of the step that keeps a graph; float32 sums over bfloat16 layers too."""
+    monkeypatch.setattr(frozen, "_ROWS", 7)
+    seen: list[int] = []
+    swiglu = frozen.ops.swiglu
+    monkeypatch.setattr(frozen.ops, "swiglu", lambda gate, up: (seen.append(len(gate)), swiglu(gate, up))[1])
+    layer = small_model("llama").to(dtype).requires_grad_(False).model.layers[0]
+    x = torch.randn(rows, H)
+    kept = x.clone().requires_grad_()
+    want = mlp_residual(layer, kept)
+    assert seen == [rows] and want.requires_grad and torch.equal(kept, x)
+    got = mlp_residual(layer, x)
+    assert got is x and seen[1:] == [len(part) for part in x.split(7)]
+    torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp_residual(layer, kept.clone()), got, rtol=0, atol=0)
