@@ -90,6 +90,11 @@ def resident(key: str) -> int:
     raise OSError(f"no {key} in /proc/self/status")
 
 
+def reset_mark() -> None:
+    """VmHWM begins again at what there is now. Raises OSError where Linux does not let it."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_bytes(fn: Callable[[], object], device: torch.device) -> int | None:
     """Memory that one call needs above what is there before it, its result included; None where it cannot be read.
 
@@ -106,7 +111,7 @@ def peak_bytes(fn: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_mark()
         before = resident("VmRSS")
         fn()
         return max(0, resident("VmHWM") - before)

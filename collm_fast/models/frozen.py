@@ -73,12 +73,15 @@ def mlp_residual(layer: Any, x: Tensor) -> Tensor:
     out: Tensor
     if weights is None:
         out = x + layer.mlp(norm(layer.post_attention_layernorm, x))
-        return out
-    eps = layer.post_attention_layernorm.variance_epsilon
-    if torch.is_grad_enabled() and x.requires_grad:
-        out = _FrozenMLP.apply(x, *weights, eps)  # type: ignore[no-untyped-call]
-        return out
-    weight, gate, up, down = weights
+    elif torch.is_grad_enabled() and x.requires_grad:
+        out = _FrozenMLP.apply(x, *weights, layer.post_attention_layernorm.variance_epsilon)  # type: ignore[no-untyped-call]
+    else:
+        out = _in_place(x, *weights, layer.post_attention_layernorm.variance_epsilon)
+    return out
+
+
+def _in_place(x: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float) -> Tensor:
+    """What `_FrozenMLP` computes, into x, a few rows at a time on a CPU."""
     for part in x.split(_ROWS) if x.device.type == "cpu" else (x,):
         normed = ops.rms_norm(part, weight, eps)
         product = ops.swiglu(F.linear(normed, gate), F.linear(normed, up))
