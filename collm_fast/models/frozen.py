@@ -1,8 +1,8 @@
-"""The frozen half of a decoder layer, x + mlp(norm(x)), as one step of autograd that knows no weight trains.
+"""The second half of a decoder layer, x + mlp(norm(x)); frozen, as one step of autograd that knows no weight trains.
 
 Autograd over the modules keeps and adds more than that: the normed input, the products' sum, a gradient for each use.
-Without a graph it runs over a few rows at a time, in place. The passes between the products are ops/decoder.py, the
-layer is models/decoder.py. Floor F2.
+Without a graph it runs over a few rows at a time, in place. Adapted projections run as they do in attention
+(models/lora.py). The passes between the products are ops/decoder.py, the layer is models/decoder.py. Floor F2.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from collm_fast.models.lora import is_hooked, project_together
 from collm_fast.ops import decoder as ops
 
 # Rows of one step on a CPU where nothing is kept. The inner products of 8,192 tokens of SmolLM2 are larger (48 MiB in
 # float32) than what the allocator keeps for the next layer (32 MiB): new pages for each made the MLP a sixth slower in
 # both dtypes (512 rows: as fast in float32, slower in bfloat16; 2,048: the other way round).
 _ROWS = 1024
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_SILU = ("SiLU", "SiLUActivation")
 
 
 class _FrozenMLP(torch.autograd.Function):
@@ -58,25 +61,24 @@ def norm(module: Any, x: Tensor, *, wide: bool = False) -> Tensor:
     return out
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module)
-
-
 def mlp_residual(layer: Any, x: Tensor) -> Tensor:
     """x + layer.mlp(layer.post_attention_layernorm(x)), x [T, H], which is overwritten where it needs no gradient.
 
-    In one step where the three projections are plain frozen `nn.Linear`s without bias around SiLU; else by the modules.
+    In one step where the three projections are plain frozen `nn.Linear`s without bias around SiLU; with gate and up in
+    one step where they are adapted; else by the modules.
     """
-    weights = _frozen_weights(layer)
+    mlp, before = layer.mlp, layer.post_attention_layernorm
+    weights = _frozen_weights(mlp, before)
     out: Tensor
-    if weights is None:
-        out = x + layer.mlp(norm(layer.post_attention_layernorm, x))
-    elif torch.is_grad_enabled() and x.requires_grad:
-        out = _FrozenMLP.apply(x, *weights, layer.post_attention_layernorm.variance_epsilon)  # type: ignore[no-untyped-call]
+    if weights is not None and torch.is_grad_enabled() and x.requires_grad:
+        out = _FrozenMLP.apply(x, *weights, before.variance_epsilon)  # type: ignore[no-untyped-call]
+    elif weights is not None:
+        out = _in_place(x, *weights, before.variance_epsilon)
+    elif _is_gated(mlp):
+        gate, up = project_together((mlp.gate_proj, mlp.up_proj), norm(before, x))
+        out = x + mlp.down_proj(ops.swiglu(gate, up))
     else:
-        out = _in_place(x, *weights, layer.post_attention_layernorm.variance_epsilon)
+        out = x + mlp(norm(before, x))
     return out
 
 
@@ -92,16 +94,21 @@ def _in_place(x: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor,
     return x
 
 
-def _frozen_weights(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """(norm, gate, up, down) of a layer whose MLP is the plain one, or None."""
-    mlp, before = layer.mlp, layer.post_attention_layernorm
-    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+def _is_gated(mlp: nn.Module) -> bool:
+    """Whether the module computes down_proj(silu(gate_proj(n)) up_proj(n)), whatever the projections are."""
+    projections = all(isinstance(getattr(mlp, name, None), nn.Module) for name in _PROJECTIONS)
+    return projections and type(getattr(mlp, "act_fn", None)).__name__ in _SILU and not is_hooked(mlp)
+
+
+def _frozen_weights(mlp: Any, before: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """(norm, gate, up, down) of an MLP and the norm before it that are the plain ones, or None."""
+    if not _is_gated(mlp):
+        return None
+    parts = [getattr(mlp, name) for name in _PROJECTIONS]
     # Another class may compute something else (an adapter, a quantised base); a hook wants to be called.
     plain = all(type(p) is nn.Linear and p.bias is None and not p.weight.requires_grad for p in parts)
-    silu = type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    hooked = any(is_hooked(m) for m in (mlp, before, *parts) if m is not None)
     normal = hasattr(before, "variance_epsilon") and not before.weight.requires_grad
-    if not (plain and silu and normal) or hooked:
+    if not (plain and normal) or any(is_hooked(m) for m in (before, *parts)):
         return None
-    gate, up, down = (p.weight for p in parts if p is not None)
+    gate, up, down = (p.weight for p in parts)
     return before.weight, gate, up, down

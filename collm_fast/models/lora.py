@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from collm_fast.config import LoraConfig
 from collm_fast.data.transfer import on_device
-from collm_fast.models.frozen import is_hooked
 from collm_fast.ops.lora import lora_linear
 from collm_fast.ops.lora_group import project_group
 
@@ -139,6 +138,12 @@ def _share_a_step(layers: Sequence[nn.Module], adapted: Sequence[LoraLinear]) ->
     plain = all(type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters()) for base in bases)
     hooked = any(is_hooked(module) for module in (*layers, *bases))
     return plain and not hooked and len({(layer.scaling, layer.dropout, layer.draws) for layer in adapted}) == 1
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

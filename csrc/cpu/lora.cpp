@@ -223,34 +223,41 @@ int64_t partial_sums(int64_t M, int64_t bytes_each) {
 }
 
 // out [R, C] = scale times the sums of all parts, added in order. Element (i, j) of a part is the sum of `pieces`
-// numbers, `piece` apart, from i * row_step + j * column_step on.
+// numbers, `piece` apart, from i * row_step + j * column_step on; one of the steps is 1.
 template <typename W>
 struct Partial {
   const W* data;
   int64_t parts, size, row_step, column_step, pieces, piece;
   W scale;
 
+  // Sixty-four elements that lie side by side in a part at a time.
   template <typename T>
   void reduce_into(const Tensor& out) const {
-    const int64_t R = out.size(0), C = out.size(1);
+    constexpr int64_t kLanes = 64;
+    const bool down = row_step == 1;
+    const int64_t R = out.size(0), C = out.size(1), lanes = down ? R : C, others = down ? C : R;
     T* to = static_cast<T*>(out.data_ptr());
-    torch::stable::parallel_for(0, R, std::max<int64_t>(1, 4096 / std::max<int64_t>(C, 1)),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    for (int64_t j = 0; j < C; ++j) {
-                                      const W* from = data + i * row_step + j * column_step;
-                                      W sum = 0;
-                                      for (int64_t p = 0; p < parts; ++p) {
-                                        W whole = from[p * size];
-                                        for (int64_t n = 1; n < pieces; ++n) {
-                                          whole += from[p * size + n * piece];
-                                        }
-                                        sum += whole;
-                                      }
-                                      to[i * C + j] = static_cast<T>(scale * sum);
-                                    }
-                                  }
-                                });
+    torch::stable::parallel_for(0, (lanes + kLanes - 1) / kLanes, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t o = 0; o < others; ++o) {
+        for (int64_t l0 = begin * kLanes; l0 < std::min(end * kLanes, lanes); l0 += kLanes) {
+          const int64_t n = std::min(kLanes, lanes - l0);
+          std::array<W, kLanes> sums{};
+          for (int64_t p = 0; p < parts; ++p) {
+            const W* from = data + p * size + o * (down ? column_step : row_step) + l0;
+            for (int64_t l = 0; l < n; ++l) {
+              W whole = from[l];
+              for (int64_t i = 1; i < pieces; ++i) {
+                whole += from[l + i * piece];
+              }
+              sums[l] += whole;
+            }
+          }
+          for (int64_t l = 0; l < n; ++l) {
+            to[down ? (l0 + l) * C + o : o * C + l0 + l] = static_cast<T>(scale * sums[l]);
+          }
+        }
+      }
+    });
   }
 };
 

@@ -379,11 +379,12 @@ COLLM_AVX512_INLINE void project_grad(const Backward<T>& f, int64_t m, int64_t r
     const int64_t n = std::min(kColumns, f.N - k);
     const T* grad = f.grad + m * f.grad_stride + k;
     keep_all(n, all);
-    if (f.wants_ds()) {
-      project(grad, f.grad_stride, rows, all, 0, n, {f.b.data + k, f.b.stride}, rp, ds);
-    }
+    // First what reads dy row by row: it waits least where dy comes from memory.
     if (f.s != nullptr) {
       outer(s, rp, grad, f.grad_stride, rows, all, 0, n, dB + k, f.b.stride);
+    }
+    if (f.wants_ds()) {
+      project(grad, f.grad_stride, rows, all, 0, n, {f.b.data + k, f.b.stride}, rp, ds);
     }
   }
   const float scale = f.scaling * static_cast<float>(f.dropout.scale);

@@ -87,13 +87,13 @@ struct Own<float> {
   static void forward(const Forward<float>& f, const Frozen& weight, int64_t M) {
     const Packed packed({weight}, 1, &product::pack);
     torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
-      const Buffer<float> s(avx512::kBlockRows * padded(f.r));
+      const Buffer<float> s(product::kBlockRows * padded(f.r));
       product::forward_rows(f, packed.right(), packed.places()[0], begin * kUnit, std::min(end * kUnit, M), s.data());
     });
   }
   static void backward(const std::vector<Backward<float>>& group, const std::vector<Frozen>& weights) {
     const Packed packed(weights, 0, &product::pack);
-    const int64_t count = static_cast<int64_t>(group.size()), rows = avx512::kBlockRows;
+    const int64_t count = static_cast<int64_t>(group.size()), rows = product::kBlockRows;
     int64_t ranks = 0;
     for (const Backward<float>& f : group) {
       ranks += padded(f.r);

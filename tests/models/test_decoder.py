@@ -19,6 +19,7 @@ from collm_fast.config import LoraConfig
 from collm_fast.data.packing import pack
 from collm_fast.data.prompts import HISTORY, TARGET, TEXT, USER, Prompts
 from collm_fast.models import frozen
+from collm_fast.models import lora as models_lora
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.decoder import Decoder, gradient_free
 from collm_fast.models.frozen import mlp_residual, norm
@@ -382,3 +383,40 @@ def test_the_mlp_without_a_graph_goes_over_a_few_rows_at_a_time(
     torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
     with torch.no_grad():
         torch.testing.assert_close(mlp_residual(layer, kept.clone()), got, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("targets", [("gate_proj", "up_proj"), ("up_proj", "down_proj"), ("down_proj",)])
+def test_gate_and_up_share_a_step_where_they_are_adapted(
+    targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values, gradients and dropout masks of the modules one by one, with and without a graph."""
+    together: list[int] = []
+    step = models_lora.project_group
+    monkeypatch.setattr(models_lora, "project_group", lambda x, *a: (together.append(len(a[0])), step(x, *a))[1])
+    model = small_model("llama").double()
+    generator = torch.Generator().manual_seed(2)
+    layers = add_lora(model, LoraConfig(r=4, alpha=8, dropout=0.3, target_modules=targets), generator)
+    for adapter in layers:
+        torch.nn.init.normal_(adapter.lora_B, std=0.3, generator=generator)
+    set_step_seed(model.train(), 7)
+    layer = model.model.layers[1]
+    x = torch.randn(9, H, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(p for p in layer.mlp.parameters() if p.requires_grad)]
+    grad = torch.randn(9, H, dtype=torch.float64)
+    ours, theirs = mlp_residual(layer, x), x + layer.mlp(layer.post_attention_layernorm(x))
+    assert together == [2] * ("up_proj" in targets) and len(leaves) == 1 + 2 * len(targets)
+    found = ([out, *torch.autograd.grad(out, leaves, grad)] for out in (ours, theirs))
+    for a, b in zip(*found, strict=True):
+        # Llama's own norm computes in float32 whatever it is given.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp_residual(layer, x), ours.detach(), rtol=0, atol=0)
+
+
+def test_a_hooked_mlp_is_called_itself() -> None:
+    layer = small_model("llama").model.layers[0]
+    x, called = torch.randn(5, H), []
+    want = x + layer.mlp(layer.post_attention_layernorm(x))
+    layer.mlp.register_forward_hook(lambda *args: called.append(True))
+    torch.testing.assert_close(mlp_residual(layer, x), want, rtol=1e-6, atol=1e-6)
+    assert called == [True]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from collm_fast import reference
 from collm_fast.config import LoraConfig
 from collm_fast.models import lora as models_lora
-from collm_fast.models.frozen import is_hooked
 from collm_fast.models.lora import (
     LoraLinear,
     add_lora,
+    is_hooked,
     lora_layers,
     may_draw,
     project_together,
