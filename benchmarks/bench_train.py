@@ -252,6 +252,7 @@ def scale_times(row: Row, factor: float) -> None:
     """The times of all samples from those of some, all of which cost the same."""
     for name in ("median_s", "p20_s", "p80_s", "cpu_s"):
         setattr(row, name, getattr(row, name) * factor)
+    row.over_ours = None if row.over_ours is None else row.over_ours * factor
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -53,6 +53,7 @@ __all__ = ["Options", "Suite", "Table", "Work", "backward", "distance", "main", 
 Output = Tensor | Sequence[Tensor]
 Impl = Callable[[], Output]
 Impls = Mapping[str, Impl]
+Samples = dict[str, dict[int, float]]  # of each implementation, seconds by turn
 MIN_SAMPLES = 3  # whatever `--seconds` allows, unless one takes longer than twice that
 PASSES = ("fwd", "fwd+dx", "fwd+bwd", "step", "eval", "rank")
 # Normwise distance from the float64 result: a few roundings of the dtype, and the growth of a long sum.
@@ -157,7 +158,7 @@ class Suite:
         limit = TOLERANCE[dtype] if tolerance is None else tolerance
         floor = None if work is None else floor_seconds(work, self.ceilings, dtype)
         for impl, fn in running.items():
-            p20, median, p80 = np.quantile(wall[impl], (0.2, 0.5, 0.8)).tolist()
+            p20, median, p80 = np.quantile(list(wall[impl].values()), (0.2, 0.5, 0.8)).tolist()
             row = Row(
                 case=name,
                 impl=impl,
@@ -167,11 +168,12 @@ class Suite:
                 median_s=median,
                 p20_s=p20,
                 p80_s=p80,
-                cpu_s=float(np.median(cpu[impl])),
+                cpu_s=float(np.median(list(cpu[impl].values()))),
                 peak_bytes=machine.peak_bytes(fn, self.device) if self.options.peak else None,
                 floor_s=floor,
                 error=errors[impl] if math.isfinite(errors[impl]) else None,
                 agrees=errors[impl] <= limit,  # False for NaN as well
+                over_ours=_paired(impl, cpu if self.by_cpu else wall),
             )
             if work is not None and rate is not None:
                 row.gather_fraction = work.gathered / row.seconds(self.by_cpu) / rate
@@ -205,7 +207,7 @@ class Suite:
                 self.failures.append(f"{title} {impl}: {str(error).splitlines()[0]}")
         return errors, running, seconds
 
-    def _times(self, impls: Impls, first: Mapping[str, float]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    def _times(self, impls: Impls, first: Mapping[str, float]) -> tuple[Samples, Samples]:
         """Seconds of one call, wall and processor, of each sample; the order rotates so that no one is always first.
 
         Args: first: how long the call took that was compared.
@@ -216,8 +218,8 @@ class Suite:
         repeats = {name: max(1, min(1000, math.ceil(least / call))) for name, call in seconds.items()}
         samples = {name: self._samples(repeats[name] * call) for name, call in seconds.items()}
         names, turns = list(impls), max(samples.values())
-        wall: dict[str, list[float]] = {name: [] for name in names}
-        cpu: dict[str, list[float]] = {name: [] for name in names}
+        wall: Samples = {name: {} for name in names}
+        cpu: Samples = {name: {} for name in names}
         gc.collect()
         gc.disable()  # a collection in the middle of a sample would be charged to whoever ran then
         try:
@@ -227,9 +229,7 @@ class Suite:
                     # A slow one has fewer samples, spread evenly over the turns.
                     if (turn + 1) * samples[name] // turns == turn * samples[name] // turns:
                         continue
-                    elapsed, processor = sample(impls[name], repeats[name], self.device, flush)
-                    wall[name].append(elapsed)
-                    cpu[name].append(processor)
+                    wall[name][turn], cpu[name][turn] = sample(impls[name], repeats[name], self.device, flush)
         finally:
             gc.enable()
         return wall, cpu
@@ -268,6 +268,14 @@ class Suite:
             "failures": self.failures,
             "rows": [row.to_json() for row in self.rows],
         }
+
+
+def _paired(impl: str, seconds: Samples) -> float | None:
+    """An implementation's time over ours, the median over the turns that sampled both: what the machine did in
+    between, whose rate changes over minutes, is in neither."""
+    ours, its = seconds.get("ours", {}), seconds[impl]
+    both = [its[turn] / ours[turn] for turn in its.keys() & ours.keys() if ours[turn] > 0]
+    return float(np.median(both)) if both else None
 
 
 def _listed(output: Output) -> list[Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 KEY = ("case", "impl", "pass", "dtype", "threads")
-NUMBERS = ("median_s", "p20_s", "p80_s", "cpu_s", "peak_bytes", "floor_s", "error", "gather_fraction")
+NUMBERS = ("median_s", "p20_s", "p80_s", "cpu_s", "peak_bytes", "floor_s", "error", "gather_fraction", "over_ours")
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Row:
     error: float | None  # normwise distance from `expected`; None where it is not finite
     agrees: bool
     gather_fraction: float | None = None  # the case's gathered bytes per second over the ceiling of its table
+    over_ours: float | None = None  # its time over ours, the median over the turns that sampled both
 
     def seconds(self, by_cpu: bool) -> float:
         """What is compared: processor time (one pinned thread, which other programs may interrupt) or wall time."""
@@ -61,7 +62,8 @@ def _cell(row: Row, ours: Row | None, by_cpu: bool) -> str:
     wall = f"{_milliseconds(row.median_s)} [{_milliseconds(row.p20_s)} {_milliseconds(row.p80_s)}]"
     text = f"{row.impl} {_milliseconds(row.cpu_s)} ms (wall {wall})" if by_cpu else f"{row.impl} {wall} ms"
     if ours is not None and ours is not row and ours.agrees:
-        text += f" = {row.seconds(by_cpu) / ours.seconds(by_cpu):.2f}x ours"
+        quotient = row.seconds(by_cpu) / ours.seconds(by_cpu)
+        text += f" = {quotient if row.over_ours is None else row.over_ours:.2f}x ours"
     return text
 
 
@@ -103,7 +105,7 @@ def merge(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row in results[0]["rows"]:
         key = [row[k] for k in KEY]
         same = [r for result in results for r in result["rows"] if [r[k] for k in KEY] == key]
-        median = {name: _median([r[name] for r in same]) for name in NUMBERS}
+        median = {name: _median([r.get(name) for r in same]) for name in NUMBERS}
         rows.append({**row, **median, "agrees": all(r["agrees"] for r in same)})
     failures = sorted({failure for result in results for failure in result["failures"]})
     ceilings = _median([result["ceilings"] for result in results])

@@ -193,7 +193,7 @@ def test_slow_implementations_have_fewer_samples_spread_over_the_turns(
     monkeypatch.setattr(harness, "sample", lambda fn, *more: (calls.append(fn()), (1.0, 2.0))[1])
     wall, cpu = suite._times({name: lambda name=name: name for name in seconds}, seconds)
     assert {name: len(times) for name, times in wall.items()} == {"fast": 12, "slow": 4, "slower": 3, "slowest": 1}
-    assert cpu["slower"] == [2.0] * 3
+    assert list(cpu["slower"].values()) == [2.0] * 3
     places = [i for i, name in enumerate(calls) if name == "slower"]
     assert all(calls[one:two].count("fast") >= 3 for one, two in itertools.pairwise(places))
     suite = harness.Suite(harness.Options(rounds=2, min_sample_s=0.0))
@@ -218,10 +218,31 @@ def test_one_pinned_thread_is_compared_by_processor_time(harness: ModuleType) ->
     impls = {"ours": lambda: x * 2, "torch": lambda: x + x}
     suite.case("a", "fwd", x.dtype, impls, expected=lambda: x * 2)
     for row, cpu, wall in zip(suite.rows, (1.0, 3.0), (2.0, 2.0), strict=True):
-        row.cpu_s, row.median_s = cpu, wall
+        row.cpu_s, row.median_s, row.over_ours = cpu, wall, None  # a file of before
     assert suite.by_cpu and "= 3.00x ours" in format_table(suite.rows, suite.by_cpu)
     assert "= 1.00x ours" in format_table(suite.rows)
     assert not tiny(harness, threads=2).by_cpu
+
+
+def test_the_ratio_pairs_the_samples_of_a_turn(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that becomes ten times as slow half-way changes both medians, and no quotient."""
+    from rows import format_table
+
+    suite, x, rates = tiny(harness), torch.ones(3), iter([1.0] * 4 + [10.0] * 6)
+    times = {"ours": [1.0, 1.0, 1.0, 1.0, 1.0], "torch": [2.0, 4.0, 2.0, 2.0, 8.0]}
+
+    def sampled(impls: object, first: object) -> tuple[dict[str, dict[int, float]], ...]:
+        rate = [next(rates) for _ in range(5)]
+        cpu = {name: {turn: rate[turn] * t for turn, t in enumerate(all_)} for name, all_ in times.items()}
+        del cpu["torch"][0]  # a slower one skips turns
+        return {name: dict.fromkeys(all_, 7.0) for name, all_ in cpu.items()}, cpu
+
+    monkeypatch.setattr(suite, "_times", sampled)
+    impls = {"ours": lambda: x * 2, "torch": lambda: x + x}
+    suite.case("a", "fwd", x.dtype, impls, expected=lambda: x * 2)
+    assert [row.over_ours for row in suite.rows] == [1.0, 3.0] and suite.rows[1].cpu_s == 3.0
+    assert "= 3.00x ours" in format_table(suite.rows, suite.by_cpu)
+    assert harness._paired("torch", {"torch": {0: 1.0}}) is None
 
 
 def test_the_machine_is_described(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -308,7 +308,11 @@ def test_the_peak_of_a_step_is_seen_after_it(bench: ModuleType) -> None:
 
 def test_scaled_times(bench: ModuleType) -> None:
     row = bench.Row("a", "naive", "rank", "float32", 1, 2.0, 1.0, 3.0, 2.5, 7, 0.1, 0.0, True)
+    bench.scale_times(row, 1.0)
+    assert row.over_ours is None
+    row.over_ours = 1.5
     bench.scale_times(row, 4.0)
+    assert row.over_ours == 6.0
     assert (row.median_s, row.p20_s, row.p80_s, row.cpu_s, row.peak_bytes, row.floor_s) == (
         8.0,
         4.0,
