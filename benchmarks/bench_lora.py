@@ -2,7 +2,9 @@
 
 `frozen` is the layer without LoRA: the price no LoRA layer can go below, not a peer. It computes y and dx only, and
 where the adapters' gradients are asked for it hands over ready ones. `peft` is PEFT's own layer with its default
-(float32 adapters); `peft-low` the same with adapters in the base's dtype; `torch` the shortest plain torch calls.
+(float32 adapters); `peft-low` the same with adapters in the base's dtype; `torch` the shortest plain torch calls;
+`unsloth-way` (without dropout alone), `axolotl-way` and `lorafusion-way` what `lora_peers.py` describes. What each
+keeps for its backward stands beside its time.
 With dropout the peers draw other masks than ours, so they are compared loosely there, and strictly in the pass fwd+bwd
 without dropout (where `frozen` differs, as it must). Ours is compared with float64 and its own mask, strictly, before
 it is timed. `fwd+dx` is a layer whose adapters are frozen (stage 2).
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 
 import harness
 import torch
+from lora_peers import Axolotl, formulations, kept_bytes
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
@@ -124,6 +127,7 @@ def impls(layer: Layer, pass_: str, truth: Sequence[Tensor]) -> dict[str, harnes
         return _backward(lambda: module(leaves[0]), [leaves[0], *(weights if trained else [])], layer.grad)
 
     found = {"ours": of(layer.ours), "frozen": of_frozen(), "torch": of(layer.torch)}
+    found |= {impl: of(call) for impl, call in formulations(layer.weight, SCALING, layer.p).items()}
     try:
         found["peft"] = of_peft(False)
         if layer.x.dtype != torch.float32:
@@ -159,7 +163,7 @@ def lora(suite: harness.Suite, name: str, M: int, K: int, N: int, r: int, p: flo
     for pass_, count, products in PASSES:
         if not suite.wanted(title, (pass_,), dtype):
             continue
-        found = impls(layer, pass_, truth)
+        found, before = impls(layer, pass_, truth), len(suite.rows)
         ours = found["ours"]()
         gap = harness.distance([ours] if isinstance(ours, Tensor) else ours, truth[:count])
         if not gap <= harness.TOLERANCE[dtype]:
@@ -173,6 +177,8 @@ def lora(suite: harness.Suite, name: str, M: int, K: int, N: int, r: int, p: flo
             work=harness.Work(bytes=products * moved, flops=products * product),
             tolerance=None if p == 0 and pass_ == "fwd+bwd" else 0.5,
         )
+        for row in suite.rows[before:]:
+            row.kept_bytes = None if pass_ == "fwd" else kept_bytes(found[row.impl], M)
 
 
 @dataclass
@@ -229,6 +235,13 @@ def group_impls(group: Group, pass_: str, truth: Sequence[Tensor]) -> dict[str, 
         "frozen": of(lambda: group.frozen(x, As, Bs), [x], truth[count + 1 :] if trained else ()),
         "loop": of(lambda: group.loop(x, As, Bs), every),
     }
+    one = group.layers[0]
+
+    def axolotl() -> list[Tensor]:
+        dropped, calls = dropout(x, one.p), zip(group.layers, As, Bs, strict=True)
+        return [Axolotl.apply(x, dropped, layer.weight, A, B, SCALING) for layer, A, B in calls]
+
+    found["axolotl-way"] = of(axolotl, every)
     try:
         modules = [peft_layer(layer, low=False).requires_grad_(False) for layer in group.layers]
     except ImportError as error:
@@ -267,7 +280,7 @@ def lora_group(
         if not suite.wanted(title, (pass_,), dtype):
             continue
         count = {"fwd": len(Ns), "fwd+dx": len(Ns) + 1}.get(pass_, len(truth))
-        found = group_impls(group, pass_, truth)
+        found, before = group_impls(group, pass_, truth), len(suite.rows)
         for impl in ("ours", "loop"):
             gap = harness.distance(found[impl](), truth[:count])
             if not gap <= harness.TOLERANCE[dtype]:
@@ -281,6 +294,8 @@ def lora_group(
             work=harness.Work(bytes=products * moved, flops=products * product),
             tolerance=0.5,
         )
+        for row in suite.rows[before:]:
+            row.kept_bytes = None if pass_ == "fwd" else kept_bytes(found[row.impl], M)
 
 
 def cases(suite: harness.Suite) -> None:

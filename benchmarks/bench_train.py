@@ -28,7 +28,7 @@ import train_report
 import train_rows
 import train_steps
 from ceilings import dtype_name
-from rows import Row
+from rows import TIMES, Row
 from torch import Tensor
 
 from collm_fast.config import TrainConfig
@@ -250,7 +250,7 @@ class Bench:
 
 def scale_times(row: Row, factor: float) -> None:
     """The times of all samples from those of some, all of which cost the same."""
-    for name in ("median_s", "p20_s", "p80_s", "cpu_s"):
+    for name in TIMES:
         setattr(row, name, getattr(row, name) * factor)
     row.over_ours = None if row.over_ours is None else row.over_ours * factor
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 KEY = ("case", "impl", "pass", "dtype", "threads")
-NUMBERS = ("median_s", "p20_s", "p80_s", "cpu_s", "peak_bytes", "floor_s", "error", "gather_fraction", "over_ours")
+TIMES = ("median_s", "p20_s", "p80_s", "cpu_s")
+NUMBERS = (*TIMES, "peak_bytes", "floor_s", "error", "gather_fraction", "over_ours", "kept_bytes")
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Row:
     agrees: bool
     gather_fraction: float | None = None  # the case's gathered bytes per second over the ceiling of its table
     over_ours: float | None = None  # its time over ours, the median over the turns that sampled both
+    kept_bytes: int | None = None  # what autograd keeps for backward beside parameters
 
     def seconds(self, by_cpu: bool) -> float:
         """What is compared: processor time (one pinned thread, which other programs may interrupt) or wall time."""
@@ -64,7 +66,7 @@ def _cell(row: Row, ours: Row | None, by_cpu: bool) -> str:
     if ours is not None and ours is not row and ours.agrees:
         quotient = row.seconds(by_cpu) / ours.seconds(by_cpu)
         text += f" = {quotient if row.over_ours is None else row.over_ours:.2f}x ours"
-    return text
+    return text if row.kept_bytes is None else f"{text}, keeps {row.kept_bytes / 2**20:.3g} MiB"
 
 
 def format_case(rows: Sequence[Row], by_cpu: bool = False) -> str:

@@ -39,6 +39,8 @@ MODULES = (
     "rows",
     "ceilings",
     "bench_inject",
+    "bench_lora",
+    "lora_peers",
     "bench_propagate",
     "bench_ranking",
     "graphs",
@@ -392,6 +394,61 @@ def test_every_injection_agrees(harness: ModuleType) -> None:
     bench_inject.sums(suite, 32, 8, 5, torch.float32)
     assert suite.failures == [] and all(row.agrees for row in suite.rows)
     assert {row.pass_ for row in suite.rows} == {"fwd", "fwd+bwd"} and len({row.impl for row in suite.rows}) == 9
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_every_lora_agrees(harness: ModuleType, p: float) -> None:
+    """Without dropout the gradients of all formulations are the same; what each keeps is counted."""
+    pytest.importorskip("peft")
+    import bench_lora
+
+    suite, (M, K, N, r) = tiny(harness, only=("+",), peak=False), (40, 24, 16, 3)
+    bench_lora.lora(suite, "small", M, K, N, r, p, torch.float32)
+    names = ["ours", "frozen", "torch", "axolotl-way", "lorafusion-way", *["unsloth-way"] * (p == 0.0), "peft"]
+    assert suite.failures == [] and [row.impl for row in suite.rows] == names * 2
+    # The frozen layer gives another y, as it must.
+    assert all(row.agrees or row.impl == "frozen" for row in suite.rows)
+    kept = {(row.pass_, row.impl): row.kept_bytes for row in suite.rows}
+    assert kept["fwd+bwd", "frozen"] == 0 and kept["fwd+dx", "ours"] == 0
+    assert kept["fwd+bwd", "ours"] == 4 * (M * K + M * r), "x and x A^T"
+    assert kept["fwd+bwd", "lorafusion-way"] == 4 * (M * K + M * r) + M * K, "and the mask"
+    if p > 0.0:
+        assert kept["fwd+bwd", "peft"] > kept["fwd+bwd", "ours"] and kept["fwd+bwd", "axolotl-way"] > 4 * M * K
+    else:
+        assert kept["fwd+bwd", "unsloth-way"] == 4 * M * K
+
+
+def test_every_group_of_lora_agrees(harness: ModuleType) -> None:
+    pytest.importorskip("peft")
+    import bench_lora
+
+    suite = tiny(harness, peak=False)
+    bench_lora.lora_group(suite, "small", 120, 48, [16, 8], 3, 0.05, torch.float32)
+    assert suite.failures == [] and all(row.agrees or row.impl == "frozen" for row in suite.rows)
+    assert [row.impl for row in suite.rows] == ["ours", "frozen", "loop", "axolotl-way", "peft"] * 3
+    assert suite.rows[-5].kept_bytes == 4 * (120 * 48 + 2 * 120 * 3)
+
+
+def test_formulations_with_dropout_have_the_gradients_of_their_mask(harness: ModuleType) -> None:
+    import lora_peers
+
+    leaves = [torch.randn(n, m, dtype=torch.float64, requires_grad=True) for n, m in ((7, 6), (2, 6), (5, 2))]
+    weight, dy, x, A, B = torch.randn(5, 6).double(), torch.randn(7, 5).double(), *leaves
+    calls = lora_peers.formulations(weight, 1.5, 0.5)
+
+    def scaled(name: str) -> torch.Tensor:
+        torch.manual_seed(3)
+        if name == "axolotl-way":
+            return torch.nn.functional.dropout(x, 0.5)
+        return x * torch.empty_like(x, dtype=torch.bool).bernoulli_(0.5) * 2
+
+    for name in ("axolotl-way", "lorafusion-way"):
+        want = x @ weight.T + 1.5 * scaled(name) @ A.T @ B.T
+        torch.manual_seed(3)
+        got = calls[name](x, A, B)
+        torch.testing.assert_close(got, want)
+        for ours, theirs in zip(*(torch.autograd.grad(y, leaves, dy) for y in (got, want)), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_every_ranking_agrees(harness: ModuleType) -> None:
