@@ -21,7 +21,7 @@ from collm_fast.models.decoder import FAMILIES, Decoder, Past, Rotary, own_forwa
 from collm_fast.models.layout import Head, Layout
 from collm_fast.models.lora import lora_layers
 from collm_fast.models.mapper import IdStatistics, Mapper
-from collm_fast.models.prefix_cache import PrefixCache, cached_past
+from collm_fast.models.prefix_cache import PrefixCache, cached_past, opened_past
 from collm_fast.ops.inject import embed_inject, gather_rows
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from collm_fast.models.cf.frozen import CFModel
 
 _log = logging.getLogger(__name__)
+
+# Openings of batches whose keys and values are kept: a prompt's has some 15 tokens, .3 MB of SmolLM2's, 10 of a 7B's.
+_OPENINGS = 64 << 20
 
 
 class CoLLM(nn.Module):
@@ -82,6 +85,7 @@ class CoLLM(nn.Module):
         if not 0 <= kv_cache_gb < float("inf"):
             raise ValueError(f"collm: expected kv_cache_gb of at least 0, got {kv_cache_gb}")
         self.prefixes = PrefixCache(int(kv_cache_gb * 2**30), kv_cache_on) if kv_cache_gb else None
+        self.openings = PrefixCache(_OPENINGS)
         self.llm, self.mapper, self.loss = llm, mapper, loss
         self.yes_id, self.no_id = yes_id, no_id
         # On the device from the start: a list of Python integers would be moved there in every step.
@@ -160,11 +164,17 @@ class CoLLM(nn.Module):
         """
         self._check(batch)
         free: bool | None = None
+        opening = False
         if self.decoder is not None:
-            graph = torch.is_grad_enabled() and self._mapper_trains() and batch.slot_id.numel() > 0
-            if (graph or self._cache(self.decoder) is not None) and self._llm_is_fixed():
-                free = graph
-        return Layout.of(batch, self.device, free_branches=free, padded=padded)
+            graph, fixed = torch.is_grad_enabled(), self._llm_is_fixed()
+            trains = graph and self._mapper_trains() and batch.slot_id.numel() > 0
+            cache = self._cache(self.decoder)
+            if (trains or cache is not None) and fixed:
+                free = trains
+            # A cache holds whole prefixes; a captured step has shapes of its own.
+            plain = cache is None and not padded and self.decoder.fixed_positions
+            opening = plain and (fixed or not (graph or self._draws()))
+        return Layout.of(batch, self.device, free_branches=free, opening=opening, padded=padded)
 
     def compute(self, layout: Layout) -> Tensor:
         """The logits of a batch that is laid out, [B] float32. Nothing waits for the device.
@@ -189,10 +199,13 @@ class CoLLM(nn.Module):
     def _past(self, decoder: Decoder, head: Head, token_ids: Tensor, rotary: Rotary) -> Past:
         """Keys and values of the tokens before the first injected row, without a graph or out of the cache."""
         embeds, cache = gather_rows(self.table, token_ids[head.place]), self._cache(decoder)
-        if cache is None:
-            return decoder.past(embeds, rotary, head.plan)
-        cache.check(self.llm)
-        return cached_past(cache, decoder, head.token_ids, embeds, rotary, head.plan)
+        if cache is not None:
+            cache.check(self.llm)
+            return cached_past(cache, decoder, head.token_ids, embeds, rotary, head.plan)
+        if head.opening is not None:
+            self.openings.check(self.llm)
+            return opened_past(self.openings, decoder, head, embeds, rotary)
+        return decoder.past(embeds, rotary, head.plan)
 
     def _cache(self, decoder: Decoder) -> PrefixCache | None:
         return self.prefixes if decoder.fixed_positions else None
@@ -206,7 +219,10 @@ class CoLLM(nn.Module):
         With LoRA dropout on in stage 2, as the official code has it, every token keeps the graph and its own mask.
         """
         trains = any(parameter.requires_grad for parameter in self.llm.parameters())
-        return not trains and not any(layer.draws for _, layer in lora_layers(self.llm))
+        return not trains and not self._draws()
+
+    def _draws(self) -> bool:
+        return any(layer.draws for _, layer in lora_layers(self.llm))
 
     def _answer_logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] -> [B, 2] float32: the two answers' logits, from their two rows of the head alone."""

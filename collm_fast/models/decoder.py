@@ -80,8 +80,11 @@ class Decoder:
         return cos[0], sin[0]
 
     @torch.no_grad()
-    def past(self, x: Tensor, rotary: Rotary, plan: TreePlan) -> Past:
-        """Keys and values [1, h, T, d] of every layer, without a graph, for tokens whose output nobody reads."""
+    def past(self, x: Tensor, rotary: Rotary, plan: TreePlan, past: Past | None = None) -> Past:
+        """Keys and values [1, h, T, d] of every layer, without a graph, for tokens whose output nobody reads.
+
+        Args: x, rotary, past: as for `answers`.
+        """
         x, found = _stream(x), []
         for index, layer in enumerate(self.base.layers):
             normed = norm(layer.input_layernorm, x)
@@ -91,7 +94,7 @@ class Decoder:
             else:
                 query, key, value = self._heads_of(layer.self_attn, normed, rotary)
                 found.append((key, value))
-                x = self._rest(layer, x, self._attend(index, query, key, value, plan, None))
+                x = self._rest(layer, x, self._attend(index, query, key, value, plan, past))
         return found
 
     def answers(self, x: Tensor, rotary: Rotary, plan: TreePlan, past: Past | None = None) -> Tensor:

@@ -23,15 +23,45 @@ from collm_fast.models.decoder import gradient_free
 from collm_fast.models.flex import padded_length
 from collm_fast.models.tree_plan import TreePlan
 
+# An opening of fewer tokens saves less than the copies of its keys cost.
+_SHORTEST = 4
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Text that all trees of a batch begin with: it runs once, as a tree of its own."""
+
+    plan: TreePlan
+    rest: TreePlan  # the head's other tokens, to each of whose trees it is past
+    place: Tensor  # [R] int64, where these stand in the head
+    order: Tensor  # [P] int64, where each token of the head stands behind one another: the opening, the others
+
+    @property
+    def tokens(self) -> int:
+        return self.plan.trees[0][0].own
+
+    @classmethod
+    def of(cls, plan: TreePlan, tokens: int, device: torch.device) -> Opening:
+        """Of a head whose trees all begin with so many tokens alike."""
+        cut = _of_prefixes(plan, tokens)
+        at, place = plan.own_places(cut)
+        first, rest = plan.split(cut)
+        order = np.empty(len(at) + len(place), np.int64)
+        order[at] = np.tile(np.arange(tokens), len(plan.trees))
+        order[place] = tokens + np.arange(len(place))
+        moved = (on_device(torch.from_numpy(x), device) for x in (place, order))
+        return cls(first.only(0), rest, *moved)
+
 
 @dataclass(frozen=True)
 class Head:
-    """Tokens before the first injected row: they run first, without a graph, and the others see their keys."""
+    """Tokens that run first, without a graph: those before the first injected row. The others see their keys."""
 
     plan: TreePlan
     place: Tensor  # [P] int64, where they stand in the batch
     rest: Tensor  # [Q] int64, where the others stand
     token_ids: NDArray[np.int64]  # [P]
+    opening: Opening | None
 
 
 @dataclass(frozen=True)
@@ -45,13 +75,20 @@ class Layout:
 
     @classmethod
     def of(
-        cls, batch: PackedBatch, device: torch.device, *, free_branches: bool | None = None, padded: bool = False
+        cls,
+        batch: PackedBatch,
+        device: torch.device,
+        *,
+        free_branches: bool | None = None,
+        opening: bool = False,
+        padded: bool = False,
     ) -> Layout:
         """Lay out a batch that lies on the CPU.
 
         Args:
             free_branches: None: all tokens run together. Else those before the first injected row are the head, True:
                 in branches too, False: in shared prefixes alone.
+            opening: what all trees begin with runs once; where no other token runs before the rest, it is the head.
             padded: with further tokens and slots that nobody reads, so that few shapes occur.
         Raises: ValueError where a row's answer is not the end of its branch, or the trees are broken.
         """
@@ -62,6 +99,9 @@ class Layout:
         cut = None
         if free_branches is not None:
             cut = gradient_free(plan, batch.row_index.cpu().numpy(), branches=free_branches)
+        shared = _opening(batch, plan) if opening else 0
+        if shared and cut is None:
+            cut = _of_prefixes(plan, shared)
         if padded:
             batch, plan, cut = _padded(batch, plan, cut)
         head = None
@@ -69,7 +109,8 @@ class Layout:
             places = plan.own_places(cut)
             first, plan = plan.split(cut)
             place, rest = (on_device(torch.from_numpy(x), device) for x in places)
-            head = Head(first, place, rest, batch.token_ids.cpu().numpy()[places[0]])
+            opened = Opening.of(first, shared, device) if shared else None
+            head = Head(first, place, rest, batch.token_ids.cpu().numpy()[places[0]], opened)
         order = on_device(torch.from_numpy(np.argsort(branch)), device)
         return cls(batch.to(device), plan, order, head)
 
@@ -92,6 +133,21 @@ class Layout:
             for window in windows:
                 found += plan.block_mask(window, device).tensors
         return found
+
+
+def _of_prefixes(plan: TreePlan, tokens: int) -> list[list[int]]:
+    """A cut behind so many tokens of every tree."""
+    return [[tokens, *[0] * (len(tree) - 1)] for tree in plan.trees]
+
+
+def _opening(batch: PackedBatch, plan: TreePlan) -> int:
+    """How many tokens of text all trees begin with alike; 0 where running them once would not pay."""
+    sizes = np.array([[tree[0].own, sum(piece.own for piece in tree)] for tree in plan.trees])
+    places = (np.cumsum(sizes[:, 1]) - sizes[:, 1])[:, None] + np.arange(sizes[:, 0].min())
+    ids, row_index = (x.cpu().numpy()[places] for x in (batch.token_ids, batch.row_index))
+    alike = ((ids == ids[:1]) & (row_index < 0)).all(axis=0)
+    shared = len(alike) if alike.all() else int(np.argmin(alike))
+    return shared if shared >= _SHORTEST and len(plan.trees) > 1 else 0
 
 
 def _padded(

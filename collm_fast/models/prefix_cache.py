@@ -17,6 +17,7 @@ from torch import Tensor
 
 from collm_fast.config import CacheOn
 from collm_fast.models.decoder import Decoder, Past, Rotary
+from collm_fast.models.layout import Head
 from collm_fast.models.tree_plan import TreePlan
 
 # A kept prefix gives way only to one that is met more than this many times as often: an epoch that meets all prefixes
@@ -143,3 +144,24 @@ def cached_past(
         parts.append(values.to(embeds.device, non_blocking=True))
     whole = torch.cat(parts, dim=3)  # [layers, 2, h, T, d]
     return [(layer[:1], layer[1:]) for layer in whole]
+
+
+def opened_past(cache: PrefixCache, decoder: Decoder, head: Head, embeds: Tensor, rotary: Rotary) -> Past:
+    """`decoder.past` of a head with an opening, which runs once for all trees, and is kept."""
+    opening = head.opening
+    assert opening is not None
+    first = slice(opening.tokens)
+    places = rotary[0][first], rotary[1][first]
+    kept = cached_past(cache, decoder, head.token_ids[first], embeds[first], places, opening.plan)
+    trees = len(head.plan.trees)
+    before = [(key.repeat(1, 1, trees, 1), value.repeat(1, 1, trees, 1)) for key, value in kept]
+    if len(opening.place) == 0:
+        return before
+    embeds, places = embeds[opening.place], (rotary[0][opening.place], rotary[1][opening.place])
+    others = decoder.past(embeds, places, opening.rest, before)
+
+    def in_order(of_opening: Tensor, of_others: Tensor) -> Tensor:
+        return torch.cat((of_opening, of_others), dim=2).index_select(2, opening.order)
+
+    layers = zip(kept, others, strict=True)
+    return [(in_order(key, more_keys), in_order(value, more)) for (key, value), (more_keys, more) in layers]

@@ -36,7 +36,8 @@ def test_a_run_with_kept_prefixes_scores_alike_and_continues_to_the_same_bits(
 
     def seen(self: PrefixCache, token_ids: np.ndarray) -> torch.Tensor | None:
         found = look(self, token_ids)
-        saved.append(0 if found is None else len(token_ids))
+        if self.max_bytes > 2**28:  # not the one of the openings
+            saved.append(0 if found is None else len(token_ids))
         return found
 
     monkeypatch.setattr(PrefixCache, "get", seen)
