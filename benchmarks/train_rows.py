@@ -129,6 +129,18 @@ def behind_injected(batch: PackedBatch) -> np.ndarray:
     return out
 
 
+def repeated_opening(batch: PackedBatch) -> np.ndarray:
+    """[T] bool: whether a token is of the text that all trees begin with, and its tree not the first."""
+    tree, ids, position = (x.numpy() for x in (batch.tree, batch.token_ids, batch.position_ids))
+    shared = (batch.branch.numpy() < 0) & (batch.row_index.numpy() < 0)
+    count, size = int(tree.max()) + 1, 0
+    while True:
+        here = shared & (position == size)
+        if here.sum() < count or len(np.unique(ids[here])) > 1:
+            return shared & (position < size) & (tree > 0)
+        size += 1
+
+
 @dataclass(frozen=True)
 class Layer:
     """FLOPs of one token in one decoder layer (a multiplication and an addition count two)."""
@@ -153,7 +165,8 @@ class Layer:
 def flops(config: Any, batch: PackedBatch, pass_: str, *, stage: int, warm: bool) -> float:
     """The least that losses and, in a `step`, gradients of a batch need when nothing is computed twice.
 
-        forward   every token of the trees once; in the last layer K and V of all, the rest where an answer is read.
+        forward   every token of the trees once, and what all of them begin with once in all; in the last layer K and V
+                  of all tokens, the rest where an answer is read.
                   `warm`: only tokens behind the first injected row of their prompt, the others' K and V are given.
         backward  stage 1: dX of every linear but those of layer 0 that read the embeddings, dA and dB of the adapters.
                   stage 2: dX behind the first injected row alone (layer 0: where a row is injected), and the mapper's.
@@ -165,7 +178,8 @@ def flops(config: Any, batch: PackedBatch, pass_: str, *, stage: int, warm: bool
     behind = behind_injected(batch)
     keys = batch.position_ids.numpy() + 1.0
     answer = batch.answer.numpy()
-    run = behind if warm else np.ones_like(behind)
+    once = ~repeated_opening(batch)
+    run = behind if warm else once
     lora = layer.lora_q + layer.lora_v
     linear = layer.q + layer.kv + layer.rest + lora
     total = (depth - 1) * (run.sum() * linear + keys[run].sum() * layer.attend)
@@ -178,7 +192,7 @@ def flops(config: Any, batch: PackedBatch, pass_: str, *, stage: int, warm: bool
     total += mapper
     if pass_ != "step":
         return float(total)
-    graph = behind if stage == 2 else np.ones_like(behind)
+    graph = behind if stage == 2 else once
     # Keys with a gradient that a token sees: in stage 2 those before the first injected row of its prompt have none.
     before = _tokens_before(batch, behind) if stage == 2 else np.zeros_like(keys)
     own = keys - before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -220,6 +221,26 @@ def test_the_floor_by_hand(bench: ModuleType, stage: int) -> None:
         backward -= (graph & ~injected).sum() * (first + lora)
     whole = forward(everything) + backward
     assert count(config, batch, "step", stage=stage, warm=False) == pytest.approx(whole)
+
+
+def test_what_all_prompts_begin_with_counts_once(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = bench.train_rows.synthetic(512, 20, 3, short=True).prompts["train", 2]
+    ids = prompts.token_ids.copy()
+    for place in range(3):
+        ids[prompts.offsets[:-1] + place] = 7 + place
+    batch = pack(dataclasses.replace(prompts, token_ids=ids), np.arange(12))
+    once = ~bench.train_rows.repeated_opening(batch)
+    tree, position = batch.tree.numpy(), batch.position_ids.numpy()
+    np.testing.assert_array_equal(~once, (tree > 0) & (batch.branch.numpy() < 0) & (position < 3))
+    assert not bench.train_rows.repeated_opening(pack(prompts, np.arange(12))).any()
+    config = bench.train_llm.random_llm("tiny", torch.float32, "meta").config
+    layer, depth = bench.train_rows.Layer.of(config), config.num_hidden_layers
+    each = layer.q + layer.kv + layer.rest + layer.lora_q + layer.lora_v + layer.attend * (position[~once] + 1)
+    saved = (depth - 1) * each.sum() + (~once).sum() * (layer.kv + layer.lora_v)
+    found = [bench.train_rows.flops(config, batch, "eval", stage=2, warm=False)]
+    monkeypatch.setattr(bench.train_rows, "repeated_opening", lambda batch: np.zeros_like(once))
+    found.append(bench.train_rows.flops(config, batch, "eval", stage=2, warm=False))
+    assert found[1] - found[0] == pytest.approx(saved) and saved > 0
 
 
 @pytest.mark.parametrize(
