@@ -3,14 +3,14 @@
 `frozen` is the layer without LoRA: the price no LoRA layer can go below, not a peer. It computes y and dx only, and
 where the adapters' gradients are asked for it hands over ready ones. `peft` is PEFT's own layer with its default
 (float32 adapters); `peft-low` the same with adapters in the base's dtype; `torch` the shortest plain torch calls;
-`unsloth-way` (without dropout alone), `axolotl-way` and `lorafusion-way` what `lora_peers.py` describes. What each
-keeps for its backward stands beside its time.
+`unsloth-way` (only where there is no dropout), `axolotl-way` and `lorafusion-way` what `lora_peers.py` describes. What
+each keeps for its backward stands beside its time.
 With dropout the peers draw other masks than ours, so they are compared loosely there, and strictly in the pass fwd+bwd
 without dropout (where `frozen` differs, as it must). Ours is compared with float64 and its own mask, strictly, before
 it is timed. `fwd+dx` is a layer whose adapters are frozen (stage 2).
 
 The cases `group` are layers that read the same x: `ours` is lora_linear_group, `loop` one lora_linear after the other
-(same masks), `frozen` and `peft` as above, layer by layer.
+(same masks), `axolotl-way` all over one dropout of x, `frozen` and `peft` as above, layer by layer.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def lora(suite: harness.Suite, name: str, M: int, K: int, N: int, r: int, p: flo
             tolerance=None if p == 0 and pass_ == "fwd+bwd" else 0.5,
         )
         for row in suite.rows[before:]:
-            row.kept_bytes = None if pass_ == "fwd" else kept_bytes(found[row.impl], M)
+            row.kept_bytes = kept_bytes(found[row.impl], M) if pass_ == "fwd+bwd" else None
 
 
 @dataclass
@@ -295,7 +295,7 @@ def lora_group(
             tolerance=0.5,
         )
         for row in suite.rows[before:]:
-            row.kept_bytes = None if pass_ == "fwd" else kept_bytes(found[row.impl], M)
+            row.kept_bytes = kept_bytes(found[row.impl], M) if pass_ == "fwd+bwd" else None
 
 
 def cases(suite: harness.Suite) -> None:

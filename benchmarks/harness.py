@@ -271,8 +271,10 @@ class Suite:
 
 
 def _paired(impl: str, seconds: Samples) -> float | None:
-    """An implementation's time over ours, the median over the turns that sampled both: what the machine did in
-    between, whose rate changes over minutes, is in neither."""
+    """An implementation's time over ours, the median over the turns that sampled both.
+
+    The rate of a machine may change by half within a run; samples of one turn are neighbours.
+    """
     ours, its = seconds.get("ours", {}), seconds[impl]
     both = [its[turn] / ours[turn] for turn in its.keys() & ours.keys() if ours[turn] > 0]
     return float(np.median(both)) if both else None

@@ -19,7 +19,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Unsloth(torch.autograd.Function):
     """y = x W^T + scaling (x A^T) B^T with its backward by hand: keeps x alone, and computes x A^T twice. No dropout.
 
-    Source: the Unsloth project's description of its LoRA kernels.
+    Source: github.com/unslothai/unsloth, the description of its LoRA kernels.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class Unsloth(torch.autograd.Function):
 class Axolotl(torch.autograd.Function):
     """y = x W^T + scaling (d A^T) B^T with its backward by hand, d = dropout(x) made outside: keeps d.
 
-    The projections of one x share d, and so one mask. Source: the Axolotl project's description of its LoRA kernels.
+    The projections of one x share d, and so one mask. Source: docs.axolotl.ai, LoRA optimizations.
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ def formulations(weight: Tensor, scaling: float, p: float) -> dict[str, Call]:
 def kept_bytes(run: Callable[[], object], rows: int) -> int:
     """Bytes that autograd keeps for the backward of a call: each storage once, of tensors with that many rows.
 
-    Weights and adapters have other sizes; they are there anyway.
+    No side of a weight or an adapter may have that length: these are there anyway.
     """
     kept: dict[int, int] = {}
 

@@ -21,7 +21,7 @@ def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in result["rows"]:
         mine, samples = ours.get(_case(row)), result["data"][row["case"]]["samples"]
         comparable = mine is not None and mine["agrees"] and row["agrees"]
-        paired = row.get("over_ours")
+        paired, quotient = row.get("over_ours"), _seconds(row, result) / _seconds(mine, result) if comparable else None
         out.append(
             {
                 "case": row["case"],
@@ -29,7 +29,7 @@ def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "dtype": row["dtype"],
                 "threads": row["threads"],
                 "samples_per_s": samples / _seconds(row, result),
-                "ours_over_it": (paired or _seconds(row, result) / _seconds(mine, result)) if comparable else None,
+                "ours_over_it": (quotient if paired is None else paired) if comparable else None,
                 "floor_fraction": row["floor_s"] / _seconds(row, result) if row["floor_s"] else None,
                 "peak_bytes": row["peak_bytes"],
             }

@@ -172,7 +172,8 @@ def flops(config: Any, batch: PackedBatch, pass_: str, *, stage: int, warm: bool
                   stage 2: dX behind the first injected row alone (layer 0: where a row is injected), and the mapper's.
         attention 4 d a visible key and head forward, 4 d for dP and dQ, and 4 d for dK and dV of keys with a gradient.
 
-    The answers' two rows of the head count, the optimizer does not.
+    The answers' two rows of the head count, the optimizer does not. What all trees begin with counts in each batch,
+    though ours keeps it while the language model is frozen.
     """
     layer, depth = Layer.of(config), config.num_hidden_layers
     behind = behind_injected(batch)

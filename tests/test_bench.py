@@ -409,7 +409,7 @@ def test_every_lora_agrees(harness: ModuleType, p: float) -> None:
     # The frozen layer gives another y, as it must.
     assert all(row.agrees or row.impl == "frozen" for row in suite.rows)
     kept = {(row.pass_, row.impl): row.kept_bytes for row in suite.rows}
-    assert kept["fwd+bwd", "frozen"] == 0 and kept["fwd+dx", "ours"] == 0
+    assert kept["fwd+bwd", "frozen"] == 0 and kept["fwd+dx", "ours"] is None
     assert kept["fwd+bwd", "ours"] == 4 * (M * K + M * r), "x and x A^T"
     assert kept["fwd+bwd", "lorafusion-way"] == 4 * (M * K + M * r) + M * K, "and the mask"
     if p > 0.0:

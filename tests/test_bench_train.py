@@ -237,10 +237,14 @@ def test_what_all_prompts_begin_with_counts_once(bench: ModuleType, monkeypatch:
     layer, depth = bench.train_rows.Layer.of(config), config.num_hidden_layers
     each = layer.q + layer.kv + layer.rest + layer.lora_q + layer.lora_v + layer.attend * (position[~once] + 1)
     saved = (depth - 1) * each.sum() + (~once).sum() * (layer.kv + layer.lora_v)
-    found = [bench.train_rows.flops(config, batch, "eval", stage=2, warm=False)]
+    count = bench.train_rows.flops
+    scores = [count(config, batch, "eval", stage=2, warm=False)]
+    steps = [count(config, batch, "step", stage=1, warm=False)]
     monkeypatch.setattr(bench.train_rows, "repeated_opening", lambda batch: np.zeros_like(once))
-    found.append(bench.train_rows.flops(config, batch, "eval", stage=2, warm=False))
-    assert found[1] - found[0] == pytest.approx(saved) and saved > 0
+    scores.append(count(config, batch, "eval", stage=2, warm=False))
+    steps.append(count(config, batch, "step", stage=1, warm=False))
+    assert scores[1] - scores[0] == pytest.approx(saved) and saved > 0
+    assert steps[1] - steps[0] > 1.5 * saved, "and backward"
 
 
 @pytest.mark.parametrize(

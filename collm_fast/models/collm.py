@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Openings of batches whose keys and values are kept: a prompt's has some 15 tokens, .3 MB of SmolLM2's, 10 of a 7B's.
+# For the keys and values of batches' openings: fifteen tokens take .35 MB of SmolLM2 in bfloat16, 8 of a 7B model.
 _OPENINGS = 64 << 20
 
 
@@ -50,7 +50,8 @@ class CoLLM(nn.Module):
         stats: the tables that a `+stats` mapper reads beside the embedding.
         decoder: False: the model's own packed forward, without the check that `Decoder.of` makes.
         kv_cache_gb: keeps keys and values of prefixes of fixed text (before the first injected row) in so many GiB,
-            while nothing in the language model trains; 0: none. A prefix is then run by itself where it is not found.
+            while nothing in the language model trains; 0: of what all prompts of a batch begin with alone, at most 64
+            MiB. A prefix is then run by itself where it is not found.
         kv_cache_on: where they are kept, `PrefixCache`.
     The language model stays in eval mode whatever `train()` says; only mapper and LoRA layers follow it.
     Families outside `FAMILIES` run row by row, padded, through their own forward: same logits, no speed-up.
@@ -160,6 +161,7 @@ class CoLLM(nn.Module):
     def layout(self, batch: PackedBatch, *, padded: bool = False) -> Layout:
         """What `compute` reads of a batch that lies on the CPU; `padded` as in `Layout.of`.
 
+        Without gradients it may leave out the graph of tokens that train: `compute` must run in the same mode.
         Raises: ValueError as `forward`.
         """
         self._check(batch)
@@ -171,9 +173,9 @@ class CoLLM(nn.Module):
             cache = self._cache(self.decoder)
             if (trains or cache is not None) and fixed:
                 free = trains
-            # A cache holds whole prefixes; a captured step has shapes of its own.
-            plain = cache is None and not padded and self.decoder.fixed_positions
-            opening = plain and (fixed or not (graph or self._draws()))
+            # A cache holds whole prefixes.
+            alike = cache is None and self.decoder.fixed_positions and not self.table.is_inference()
+            opening = alike and (fixed or not (graph or self._draws()))
         return Layout.of(batch, self.device, free_branches=free, opening=opening, padded=padded)
 
     def compute(self, layout: Layout) -> Tensor:
@@ -197,13 +199,16 @@ class CoLLM(nn.Module):
         return self._read(self._answer_logits(hidden[layout.order]))
 
     def _past(self, decoder: Decoder, head: Head, token_ids: Tensor, rotary: Rotary) -> Past:
-        """Keys and values of the tokens before the first injected row, without a graph or out of the cache."""
+        """Keys and values of the head's tokens, without a graph or out of a cache."""
         embeds, cache = gather_rows(self.table, token_ids[head.place]), self._cache(decoder)
         if cache is not None:
             cache.check(self.llm)
             return cached_past(cache, decoder, head.token_ids, embeds, rotary, head.plan)
         if head.opening is not None:
-            self.openings.check(self.llm)
+            if self._llm_is_fixed():
+                self.openings.check(self.llm)
+            else:
+                self.openings.clear()
             return opened_past(self.openings, decoder, head, embeds, rotary)
         return decoder.past(embeds, rotary, head.plan)
 

@@ -64,8 +64,8 @@ def norm(module: Any, x: Tensor, *, wide: bool = False) -> Tensor:
 def mlp_residual(layer: Any, x: Tensor) -> Tensor:
     """x + layer.mlp(layer.post_attention_layernorm(x)), x [T, H], which is overwritten where it needs no gradient.
 
-    In one step where the three projections are plain frozen `nn.Linear`s without bias around SiLU; with gate and up in
-    one step where they are adapted; else by the modules.
+    In one step where the three projections are plain frozen `nn.Linear`s without bias around SiLU. Other projections
+    around SiLU are called by themselves, gate and up in one step where LoRA adapts them; another MLP by its module.
     """
     mlp, before = layer.mlp, layer.post_attention_layernorm
     weights = _frozen_weights(mlp, before)
@@ -94,10 +94,11 @@ def _in_place(x: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor,
     return x
 
 
-def _is_gated(mlp: nn.Module) -> bool:
+def _is_gated(mlp: Any) -> bool:
     """Whether the module computes down_proj(silu(gate_proj(n)) up_proj(n)), whatever the projections are."""
     projections = all(isinstance(getattr(mlp, name, None), nn.Module) for name in _PROJECTIONS)
-    return projections and type(getattr(mlp, "act_fn", None)).__name__ in _SILU and not is_hooked(mlp)
+    silu = type(getattr(mlp, "act_fn", None)).__name__ in _SILU
+    return projections and silu and not any(is_hooked(module) for module in (mlp, mlp.act_fn))
 
 
 def _frozen_weights(mlp: Any, before: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:

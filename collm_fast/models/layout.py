@@ -1,8 +1,8 @@
 """What one forward of a packed batch reads, made before it starts: its trees, and everything else on the device.
 
-`CoLLM.layout` makes it and `CoLLM.compute` reads it. Once `tensors` was called, which also makes the masks, nothing is
-moved to a device any more; and the tensors of a padded layout fit into those of another one of its shape, which is what
-a CUDA graph needs (training/graphs.py). Floor F2.
+`CoLLM.layout` makes it and `CoLLM.compute` reads it. Once `tensors` of a padded layout was called, which also makes the
+masks, nothing is moved to a device any more; and they fit into those of another one of its shape, which is what a CUDA
+graph needs (training/graphs.py). Floor F2.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Opening:
     plan: TreePlan
     rest: TreePlan  # the head's other tokens, to each of whose trees it is past
     place: Tensor  # [R] int64, where these stand in the head
-    order: Tensor  # [P] int64, where each token of the head stands behind one another: the opening, the others
+    order: Tensor  # [P] int64, of each token of the head its place in [opening, others]
 
     @property
     def tokens(self) -> int:
@@ -55,7 +55,10 @@ class Opening:
 
 @dataclass(frozen=True)
 class Head:
-    """Tokens that run first, without a graph: those before the first injected row. The others see their keys."""
+    """Tokens that run first, without a graph; the others see their keys.
+
+    Those before the first injected row, or the opening alone where nothing has a graph.
+    """
 
     plan: TreePlan
     place: Tensor  # [P] int64, where they stand in the batch
@@ -89,6 +92,7 @@ class Layout:
             free_branches: None: all tokens run together. Else those before the first injected row are the head, True:
                 in branches too, False: in shared prefixes alone.
             opening: what all trees begin with runs once; where no other token runs before the rest, it is the head.
+                Not of a padded batch, whose last tree begins with nothing.
             padded: with further tokens and slots that nobody reads, so that few shapes occur.
         Raises: ValueError where a row's answer is not the end of its branch, or the trees are broken.
         """
@@ -99,7 +103,7 @@ class Layout:
         cut = None
         if free_branches is not None:
             cut = gradient_free(plan, batch.row_index.cpu().numpy(), branches=free_branches)
-        shared = _opening(batch, plan) if opening else 0
+        shared = _opening(batch, plan) if opening and not padded else 0
         if shared and cut is None:
             cut = _of_prefixes(plan, shared)
         if padded:

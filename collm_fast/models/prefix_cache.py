@@ -32,7 +32,9 @@ class PrefixCache:
         max_bytes: of all kept keys and values together, in the dtype they are computed in.
         on: device: where they are computed. host: in pinned host memory, copied both ways without waiting; for a model
             on a CPU the two are one memory. The copies have not run on a GPU yet.
-    An entry is keyed by the prefix's token ids; all are dropped once a parameter of the language model has changed.
+    An entry is keyed by the prefix's token ids; all are dropped once a parameter of the language model is another
+    tensor or was written to, as torch counts it: not through `.data`, and not by every fused optimizer. So nothing may
+    be kept of a language model that trains; `CoLLM` sees to that, too.
     Raises: ValueError for a negative budget, or another place.
     """
 
@@ -55,15 +57,16 @@ class PrefixCache:
         """Drop everything unless every parameter is where it was and nothing was written to it since."""
         stamp = [(parameter.data_ptr(), parameter._version) for parameter in llm.parameters()]
         if stamp != self._stamp:
-            self._stamp = stamp
             self.clear()
+            self._stamp = stamp
 
     def clear(self) -> None:
-        """Forget all prefixes."""
+        """Forget all prefixes, and whose they were."""
         self._kept.clear()
         self._met.clear()
         self._seldom.clear()
         self.bytes = 0
+        self._stamp = []
 
     def get(self, token_ids: NDArray[np.int64]) -> Tensor | None:
         """The keys and values of a prefix, if they are kept, where they are kept; counts the meeting."""

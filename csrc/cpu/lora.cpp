@@ -233,15 +233,16 @@ struct Partial {
   // Sixty-four elements that lie side by side in a part at a time.
   template <typename T>
   void reduce_into(const Tensor& out) const {
-    constexpr int64_t kLanes = 64;
+    constexpr int64_t kBeside = 64;
     const bool down = row_step == 1;
     const int64_t R = out.size(0), C = out.size(1), lanes = down ? R : C, others = down ? C : R;
     T* to = static_cast<T*>(out.data_ptr());
-    torch::stable::parallel_for(0, (lanes + kLanes - 1) / kLanes, 16, [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kBeside / std::max<int64_t>(others, 1));
+    torch::stable::parallel_for(0, (lanes + kBeside - 1) / kBeside, grain, [&](int64_t begin, int64_t end) {
       for (int64_t o = 0; o < others; ++o) {
-        for (int64_t l0 = begin * kLanes; l0 < std::min(end * kLanes, lanes); l0 += kLanes) {
-          const int64_t n = std::min(kLanes, lanes - l0);
-          std::array<W, kLanes> sums{};
+        for (int64_t l0 = begin * kBeside; l0 < std::min(end * kBeside, lanes); l0 += kBeside) {
+          const int64_t n = std::min(kBeside, lanes - l0);
+          std::array<W, kBeside> sums{};
           for (int64_t p = 0; p < parts; ++p) {
             const W* from = data + p * size + o * (down ? column_step : row_step) + l0;
             for (int64_t l = 0; l < n; ++l) {

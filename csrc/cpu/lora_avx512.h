@@ -379,7 +379,7 @@ COLLM_AVX512_INLINE void project_grad(const Backward<T>& f, int64_t m, int64_t r
     const int64_t n = std::min(kColumns, f.N - k);
     const T* grad = f.grad + m * f.grad_stride + k;
     keep_all(n, all);
-    // First what reads dy row by row: it waits least where dy comes from memory.
+    // First what takes a strip of every row at once: where dy comes from memory, its misses overlap.
     if (f.s != nullptr) {
       outer(s, rp, grad, f.grad_stride, rows, all, 0, n, dB + k, f.b.stride);
     }

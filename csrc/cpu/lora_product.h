@@ -95,7 +95,7 @@ struct Side {
 };
 
 // Rows that will be read soon, asked for a few lines at a time.
-struct Ahead {
+struct Upcoming {
   const float* data;  // null: nothing
   int64_t stride, columns, rows, row = 0, column = 0;
 
@@ -119,8 +119,8 @@ struct Block {
   Right right;
   const float* start;  // [outputs], null: zero
   float* out;          // [rows][outputs]
-  Ahead* ahead;        // what the next block will read, asked for meanwhile
-  int64_t aheads;
+  Upcoming* next;      // what the next block will read, asked for meanwhile
+  int64_t nexts;
 };
 
 // The sums of kSub rows by one panel from `start` (null: zero) on: the low-rank part, masked.
@@ -193,8 +193,6 @@ COLLM_AVX512_INLINE void set_aside(__m512 (&sum)[kSub][3], float (&total)[kSub][
   }
 }
 
-COLLM_INLINE int64_t runs_of(const Side& side) { return std::max<int64_t>(1, (side.part.terms + kRun - 1) / kRun); }
-
 COLLM_AVX512_INLINE void multiply_panel(const Block& p, int64_t row, int64_t panel) {
   const int64_t o = panel * kPanel, rows = std::min(kSub, p.rows - row), outputs = p.right.outputs;
   __m512 sum[kSub][3];
@@ -216,7 +214,7 @@ COLLM_AVX512_INLINE void multiply_panel(const Block& p, int64_t row, int64_t pan
     }
     const float* right = p.right.panel(panel) + side.part.first * kPanel;
     // Runs of terms are summed apart, as a vendor's product does: the rounding error grows with the longest run.
-    const int64_t terms = side.part.terms, runs = runs_of(side);
+    const int64_t terms = side.part.terms, runs = std::max<int64_t>(1, (terms + kRun - 1) / kRun);
     for (int64_t run = 0; run < runs; ++run) {
       if (n > 0 || run > 0) {
         set_aside(sum, total, !std::exchange(aside, true));
@@ -260,16 +258,16 @@ COLLM_AVX512_INLINE void multiply(const Block& p) {
   // The next block is asked for beside the last panels: what comes earlier the packed factor has pushed out by then.
   const int64_t panels = p.right.panels(), late = panels - (panels + 3) / 4;
   int64_t lines = 0;
-  for (int64_t n = 0; n < p.aheads; ++n) {
-    lines += p.ahead[n].lines();
+  for (int64_t n = 0; n < p.nexts; ++n) {
+    lines += p.next[n].lines();
   }
   const int64_t calls = std::max<int64_t>(1, (panels - late) * ((p.rows + kSub - 1) / kSub));
   const int64_t share = (lines + calls - 1) / calls;
   for (int64_t panel = 0; panel < panels; ++panel) {
     for (int64_t row = 0; row < p.rows; row += kSub) {
       int64_t left = panel < late ? 0 : share;
-      for (int64_t n = 0; n < p.aheads && left > 0; ++n) {
-        left = p.ahead[n].ask(left);
+      for (int64_t n = 0; n < p.nexts && left > 0; ++n) {
+        left = p.next[n].ask(left);
       }
       const bool more = row + kSub < p.rows;
       ask_for_outputs(p, more ? row + kSub : 0, more ? panel : panel + 1);
@@ -288,7 +286,7 @@ COLLM_AVX512 inline void forward_rows(const Forward<float>& f, const Right& righ
       avx512::project_x(f, m, std::min(kRows, last - m), s + (m - m0) * rp);
     }
     const Side side{f.x + m0 * f.x_stride, f.x_stride, part, s, f.b, nullptr, 0};
-    Ahead next{f.x + last * f.x_stride, f.x_stride, f.K, std::min(kBlockRows, end - last)};
+    Upcoming next{f.x + last * f.x_stride, f.x_stride, f.K, std::min(kBlockRows, end - last)};
     multiply({&side, 1, last - m0, right, f.bias, f.y + m0 * f.N, &next, 1});
   }
 }
@@ -299,12 +297,13 @@ COLLM_AVX512 inline void backward_rows(const std::vector<Backward<float>>& group
   const Backward<float>& any = group.front();
   const int64_t stride = avx512::keep_stride(any.K), end = any.parts.begin(part + 1);
   std::vector<Side> sides(group.size());
-  std::vector<Ahead> next;
+  std::vector<Upcoming> next;
   for (int64_t m0 = any.parts.begin(part); m0 < end; m0 += kBlockRows) {
     const int64_t last = std::min(m0 + kBlockRows, end);
     const int64_t more = std::min(kBlockRows, any.parts.M - last);
     float* coefficients = ds;
     uint16_t* bits = keep;
+    bool reads_x = false;
     next.clear();
     for (size_t n = 0; n < group.size(); ++n) {
       const Backward<float>& f = group[n];
@@ -317,7 +316,7 @@ COLLM_AVX512 inline void backward_rows(const std::vector<Backward<float>>& group
       }
       sides[n] = {f.grad + m0 * f.grad_stride, f.grad_stride, places[n], coefficients, f.a, bits, stride};
       next.push_back({f.grad + last * f.grad_stride, f.grad_stride, f.N, more});
-      if (f.x != nullptr) {
+      if (f.x != nullptr && !std::exchange(reads_x, true)) {
         next.push_back({f.x + last * f.x_stride, f.x_stride, f.K, more});
       }
       coefficients += kBlockRows * rp;

@@ -20,7 +20,7 @@
 
 namespace collm::lora {
 
-constexpr int64_t kColumns = 640;  // columns in flight: eight rows of them stay in the first-level cache
+constexpr int64_t kColumns = 640;  // columns in flight: eight rows of them in float32 stay in the first-level cache
 constexpr int64_t kLanes = 8;      // the rank is padded to a multiple of this
 
 template <typename T>

@@ -413,10 +413,11 @@ def test_gate_and_up_share_a_step_where_they_are_adapted(
         torch.testing.assert_close(mlp_residual(layer, x), ours.detach(), rtol=0, atol=0)
 
 
-def test_a_hooked_mlp_is_called_itself() -> None:
+@pytest.mark.parametrize("name", ["", "act_fn"])
+def test_a_hooked_mlp_is_called_itself(name: str) -> None:
     layer = small_model("llama").model.layers[0]
     x, called = torch.randn(5, H), []
     want = x + layer.mlp(layer.post_attention_layernorm(x))
-    layer.mlp.register_forward_hook(lambda *args: called.append(True))
+    layer.mlp.get_submodule(name).register_forward_hook(lambda *args: called.append(True))
     torch.testing.assert_close(mlp_residual(layer, x), want, rtol=1e-6, atol=1e-6)
     assert called == [True]

@@ -111,16 +111,38 @@ def test_stage_two_has_the_gradients_of_a_batch_without_one(
         assert (got - want).norm() <= 1e-5 * want.norm()
 
 
-def test_bfloat16_stays_as_near(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grad", [True, False])
+def test_bfloat16_stays_as_near(grad: bool, ran: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """To the same prompts in float32, with the opening and without."""
     _, _, batch = batch_of(1)
     exact = hybrid(small_model("llama"), make_mapper())
     model = hybrid(small_model("llama").bfloat16(), make_mapper())
-    with torch.no_grad():
-        want, with_it = exact(batch), model(batch)
+    with torch.set_grad_enabled(grad):
+        want = exact(batch).detach()
+        ran["past"].clear()
+        with_it = model(batch).detach()
+        assert ran["past"][0] == 6 and len(ran["past"]) == 1 + grad
         monkeypatch.setattr(layout, "_SHORTEST", 1000)
-        without = model(batch)
+        without = model(batch).detach()
     assert (with_it - want).norm() <= 1.5 * (without - want).norm() + 0.01 * want.norm()
+
+
+def test_nothing_is_kept_of_a_model_that_trains() -> None:
+    """Also where a weight is written to in a way that torch does not count, as a fused optimizer may."""
+    mapper = make_mapper()
+    model = hybrid(small_model("llama"), mapper)
+    prompts, rows, batch = batch_of(2)
+    for trains in (True, True, False, True, False):
+        model.llm.requires_grad_(trains)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model(batch), all_alone(model.llm, prompts, rows, mapper), rtol=0, atol=2e-5, check_dtype=False
+            )
+            model(batch)
+        assert (model.openings.tokens_saved > 0) is not trains
+        model.openings.tokens_saved = 0
+        if trains:
+            model.llm.model.layers[0].self_attn.k_proj.weight.data.mul_(1.5)
 
 
 def test_which_batches_have_one() -> None:
@@ -139,6 +161,10 @@ def test_which_batches_have_one() -> None:
     assert tokens(model, pack(opened(prompts), one)) == 0, "one tree"
     assert tokens(hybrid(small_model("llama"), make_mapper(), kv_cache_gb=1.0), batch) == 0, "whole prefixes are kept"
     assert model.layout(batch, padded=True).head.opening is None, "a captured step"  # type: ignore[union-attr]
+    assert model.decoder is not None
+    model.decoder.fixed_positions = False
+    assert tokens(model, batch) == 0, "its keys depend on the length of the batch"
+    model.decoder.fixed_positions = True
     for layer in add_lora(model.llm, LoraConfig(r=2, dropout=0.2), torch.Generator().manual_seed(0)):
         layer.requires_grad_(False)
     assert tokens(model, batch, grad=True) == 6
