@@ -402,7 +402,8 @@ def test_every_lora_agrees(harness: ModuleType, p: float) -> None:
     pytest.importorskip("peft")
     import bench_lora
 
-    suite, (M, K, N, r) = tiny(harness, only=("+",), peak=False), (40, 24, 16, 3)
+    torch.manual_seed(0)  # the peers' own masks, which the limit of a loose comparison allows at such a size
+    suite, (M, K, N, r) = tiny(harness, only=("+",), peak=False), (120, 48, 16, 3)
     bench_lora.lora(suite, "small", M, K, N, r, p, torch.float32)
     names = ["ours", "frozen", "torch", "axolotl-way", "lorafusion-way", *["unsloth-way"] * (p == 0.0), "peft"]
     assert suite.failures == [] and [row.impl for row in suite.rows] == names * 2
@@ -422,6 +423,7 @@ def test_every_group_of_lora_agrees(harness: ModuleType) -> None:
     pytest.importorskip("peft")
     import bench_lora
 
+    torch.manual_seed(0)
     suite = tiny(harness, peak=False)
     bench_lora.lora_group(suite, "small", 120, 48, [16, 8], 3, 0.05, torch.float32)
     assert suite.failures == [] and all(row.agrees or row.impl == "frozen" for row in suite.rows)
