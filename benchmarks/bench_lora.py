@@ -163,12 +163,12 @@ def lora(suite: harness.Suite, name: str, M: int, K: int, N: int, r: int, p: flo
     for pass_, count, products in PASSES:
         if not suite.wanted(title, (pass_,), dtype):
             continue
-        found, before = impls(layer, pass_, truth), len(suite.rows)
+        found = impls(layer, pass_, truth)
         ours = found["ours"]()
         gap = harness.distance([ours] if isinstance(ours, Tensor) else ours, truth[:count])
         if not gap <= harness.TOLERANCE[dtype]:
             raise ValueError(f"{name}: expected ours within {harness.TOLERANCE[dtype]} of float64, got {gap}")
-        suite.case(
+        rows = suite.case(
             title,
             pass_,
             dtype,
@@ -177,7 +177,7 @@ def lora(suite: harness.Suite, name: str, M: int, K: int, N: int, r: int, p: flo
             work=harness.Work(bytes=products * moved, flops=products * product),
             tolerance=None if p == 0 and pass_ == "fwd+bwd" else 0.5,
         )
-        for row in suite.rows[before:]:
+        for row in rows:
             row.kept_bytes = kept_bytes(found[row.impl], M) if pass_ == "fwd+bwd" else None
 
 
@@ -280,12 +280,12 @@ def lora_group(
         if not suite.wanted(title, (pass_,), dtype):
             continue
         count = {"fwd": len(Ns), "fwd+dx": len(Ns) + 1}.get(pass_, len(truth))
-        found, before = group_impls(group, pass_, truth), len(suite.rows)
+        found = group_impls(group, pass_, truth)
         for impl in ("ours", "loop"):
             gap = harness.distance(found[impl](), truth[:count])
             if not gap <= harness.TOLERANCE[dtype]:
                 raise ValueError(f"{title}: expected {impl} within {harness.TOLERANCE[dtype]} of float64, got {gap}")
-        suite.case(
+        rows = suite.case(
             title,
             pass_,
             dtype,
@@ -294,7 +294,7 @@ def lora_group(
             work=harness.Work(bytes=products * moved, flops=products * product),
             tolerance=0.5,
         )
-        for row in suite.rows[before:]:
+        for row in rows:
             row.kept_bytes = kept_bytes(found[row.impl], M) if pass_ == "fwd+bwd" else None
 
 

@@ -130,8 +130,8 @@ class Bench:
         make: Callable[[str, torch.dtype], harness.Impl],
         work: Callable[[], harness.Work],
         more: Sequence[str] = (),
-    ) -> None:
-        """One case: `make` gives an implementation in a dtype by its name; `more` beside ours and the peers."""
+    ) -> list[Row]:
+        """One case and its rows: `make` gives an implementation in a dtype by its name; `more` beside the others."""
         truth = self.truth(name, dtype, make)
         impls = {impl: make(impl, dtype) for impl in ("ours", *more, "naive", "generic")}
         try:
@@ -143,15 +143,14 @@ class Bench:
             gc.collect()
             gc.freeze()
             self.frozen = True
-        before = len(self.suite.rows)
-        self.suite.case(name, pass_, dtype, impls, expected=lambda: truth, work=work, tolerance=TOLERANCE)
-        rows = self.suite.rows[before:]
+        rows = self.suite.case(name, pass_, dtype, impls, expected=lambda: truth, work=work, tolerance=TOLERANCE)
         if dtype != torch.float32:
             exact = self.exact_dtype(dtype) == torch.float32
             theirs = next((row.error for row in rows if row.impl == "naive" and row.error is not None), 0.0)
             limit = max(HALF_TOLERANCE, 2 * theirs) if exact else LARGE_TOLERANCE
             for row in rows:
                 row.agrees = row.error is not None and row.error <= limit
+        return rows
 
     def step(self, name: str, stage: int, order: Any, dtype: torch.dtype) -> None:
         if not self.suite.wanted(name, ("step",), dtype):
@@ -206,9 +205,7 @@ class Bench:
         plan = batches(prompts, order="group", max_tokens=TOKENS)
         packed = [pack(prompts, rows) for rows in plan]
         self.note(name, prompts, np.arange(len(prompts)), packed)
-        before = len(self.suite.rows)
-        self.case(name, pass_, dtype, make, partial(self.work, packed, pass_, 2, warm))
-        for row in self.suite.rows[before:]:
+        for row in self.case(name, pass_, dtype, make, partial(self.work, packed, pass_, 2, warm)):
             if row.impl != "ours" and len(timed) < len(prompts):
                 scale_times(row, len(prompts) / len(timed))
 

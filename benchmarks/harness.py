@@ -136,17 +136,18 @@ class Suite:
         expected: Impl,
         work: Work | Callable[[], Work] | None = None,
         tolerance: float | None = None,
-    ) -> None:
+    ) -> list[Row]:
         """Times every implementation in turn, round by round, and appends one row for each that runs.
 
         `impls` and `work` may be functions that build them: they are not called where `--only` leaves the case out.
 
+        Returns: these rows.
         Raises: ValueError for an unknown pass; whatever "ours" raises.
         """
         if pass_ not in PASSES:
             raise ValueError(f"benchmark: expected a pass of {', '.join(PASSES)}, got {pass_!r}")
         if not self.wanted(name, (pass_,), dtype):
-            return
+            return []
         title = f"{name} {pass_} {dtype_name(dtype)}"
         print(title, file=sys.stderr, flush=True)
         if self.options.json is not None and self.rows:
@@ -157,6 +158,7 @@ class Suite:
         wall, cpu = self._times(running, first)
         limit = TOLERANCE[dtype] if tolerance is None else tolerance
         floor = None if work is None else floor_seconds(work, self.ceilings, dtype)
+        rows = []
         for impl, fn in running.items():
             p20, median, p80 = np.quantile(list(wall[impl].values()), (0.2, 0.5, 0.8)).tolist()
             row = Row(
@@ -177,7 +179,9 @@ class Suite:
             )
             if work is not None and rate is not None:
                 row.gather_fraction = work.gathered / row.seconds(self.by_cpu) / rate
-            self.rows.append(row)
+            rows.append(row)
+        self.rows += rows
+        return rows
 
     def _gather_rate(self, work: Work | None) -> float | None:
         """The ceiling of the table that the case gathers from, measured once a run, just before the case."""

@@ -16,6 +16,14 @@ from torch.nn.functional import dropout, linear
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def _products(
+    x: Tensor, of_lora: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(x W^T + scaling s B^T, s = of_lora A^T) in the dtype of x."""
+    s = linear(of_lora, lora_A.to(x.dtype))
+    return linear(x, weight).addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling), s
+
+
 class Unsloth(torch.autograd.Function):
     """y = x W^T + scaling (x A^T) B^T with its backward by hand: keeps x alone, and computes x A^T twice. No dropout.
 
@@ -26,8 +34,7 @@ class Unsloth(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.scaling = scaling
-        s = linear(x, lora_A.to(x.dtype))
-        return linear(x, weight).addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
+        return _products(x, x, weight, lora_A, lora_B, scaling)[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -52,8 +59,7 @@ class Axolotl(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(dropped, weight, lora_A, lora_B)
         ctx.scaling = scaling
-        s = linear(dropped, lora_A.to(x.dtype))
-        return linear(x, weight).addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
+        return _products(x, dropped, weight, lora_A, lora_B, scaling)[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,10 +84,10 @@ class LoRAFusion(torch.autograd.Function):
     ) -> Tensor:
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
         dropped = (x * mask).mul_(1 / (1 - p))
-        s = linear(dropped, lora_A.to(x.dtype))
+        y, s = _products(x, dropped, weight, lora_A, lora_B, scaling)
         ctx.save_for_backward(mask, dropped, s, weight, lora_A, lora_B)
         ctx.scaling, ctx.p = scaling, p
-        return linear(x, weight).addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -19,6 +19,7 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
+from collm_fast.models.lora import is_hooked
 from collm_fast.ops.lora import lora_linear
 
 # torchao, tensor parallelism and sharding put other subclasses of Tensor in a layer.
@@ -179,8 +180,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module runs kind.forward and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module).forward is kind.forward and not hooks and "forward" not in module.__dict__
+    return type(module).forward is kind.forward and not is_hooked(module)
 
 
 def _base_obstacle(base: nn.Module) -> str | None:

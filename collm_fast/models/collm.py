@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ class CoLLM(nn.Module):
         """
         self._check(batch)
         free: bool | None = None
-        opening = False
+        opening: Literal["kept", "once"] | None = None
         if self.decoder is not None:
             graph, fixed = torch.is_grad_enabled(), self._llm_is_fixed()
             trains = graph and self._mapper_trains() and batch.slot_id.numel() > 0
@@ -174,8 +174,11 @@ class CoLLM(nn.Module):
             if (trains or cache is not None) and fixed:
                 free = trains
             # A cache holds whole prefixes.
-            alike = cache is None and self.decoder.fixed_positions and not self.table.is_inference()
-            opening = alike and (fixed or not (graph or self._draws()))
+            if cache is None and self.decoder.fixed_positions and not self.table.is_inference():
+                if fixed:
+                    opening = "kept"
+                elif not (graph or self._draws()):
+                    opening = "once"
         return Layout.of(batch, self.device, free_branches=free, opening=opening, padded=padded)
 
     def compute(self, layout: Layout) -> Tensor:
@@ -205,7 +208,7 @@ class CoLLM(nn.Module):
             cache.check(self.llm)
             return cached_past(cache, decoder, head.token_ids, embeds, rotary, head.plan)
         if head.opening is not None:
-            if self._llm_is_fixed():
+            if head.opening.kept:
                 self.openings.check(self.llm)
             else:
                 self.openings.clear()

@@ -68,17 +68,18 @@ def mlp_residual(layer: Any, x: Tensor) -> Tensor:
     around SiLU are called by themselves, gate and up in one step where LoRA adapts them; another MLP by its module.
     """
     mlp, before = layer.mlp, layer.post_attention_layernorm
-    weights = _frozen_weights(mlp, before)
     out: Tensor
-    if weights is not None and torch.is_grad_enabled() and x.requires_grad:
-        out = _FrozenMLP.apply(x, *weights, before.variance_epsilon)  # type: ignore[no-untyped-call]
-    elif weights is not None:
-        out = _in_place(x, *weights, before.variance_epsilon)
-    elif _is_gated(mlp):
+    if not _is_gated(mlp):
+        out = x + mlp(norm(before, x))
+        return out
+    weights = _frozen_weights(mlp, before)
+    if weights is None:
         gate, up = project_together((mlp.gate_proj, mlp.up_proj), norm(before, x))
         out = x + mlp.down_proj(ops.swiglu(gate, up))
+    elif torch.is_grad_enabled() and x.requires_grad:
+        out = _FrozenMLP.apply(x, *weights, before.variance_epsilon)  # type: ignore[no-untyped-call]
     else:
-        out = x + mlp(norm(before, x))
+        out = _in_place(x, *weights, before.variance_epsilon)
     return out
 
 
@@ -102,9 +103,7 @@ def _is_gated(mlp: Any) -> bool:
 
 
 def _frozen_weights(mlp: Any, before: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """(norm, gate, up, down) of an MLP and the norm before it that are the plain ones, or None."""
-    if not _is_gated(mlp):
-        return None
+    """(norm, gate, up, down) of a gated MLP and the norm before it that are the plain ones, or None."""
     parts = [getattr(mlp, name) for name in _PROJECTIONS]
     # Another class may compute something else (an adapter, a quantised base); a hook wants to be called.
     plain = all(type(p) is nn.Linear and p.bias is None and not p.weight.requires_grad for p in parts)

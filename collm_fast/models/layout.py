@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,13 +36,14 @@ class Opening:
     rest: TreePlan  # the head's other tokens, to each of whose trees it is past
     place: Tensor  # [R] int64, where these stand in the head
     order: Tensor  # [P] int64, of each token of the head its place in [opening, others]
+    kept: bool  # whether its keys and values stay for later batches
 
     @property
     def tokens(self) -> int:
         return self.plan.trees[0][0].own
 
     @classmethod
-    def of(cls, plan: TreePlan, tokens: int, device: torch.device) -> Opening:
+    def of(cls, plan: TreePlan, tokens: int, device: torch.device, *, kept: bool) -> Opening:
         """Of a head whose trees all begin with so many tokens alike."""
         cut = _of_prefixes(plan, tokens)
         at, place = plan.own_places(cut)
@@ -49,8 +51,8 @@ class Opening:
         order = np.empty(len(at) + len(place), np.int64)
         order[at] = np.tile(np.arange(tokens), len(plan.trees))
         order[place] = tokens + np.arange(len(place))
-        moved = (on_device(torch.from_numpy(x), device) for x in (place, order))
-        return cls(first.only(0), rest, *moved)
+        others, places = (on_device(torch.from_numpy(x), device) for x in (place, order))
+        return cls(first.only(0), rest, others, places, kept)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Layout:
         device: torch.device,
         *,
         free_branches: bool | None = None,
-        opening: bool = False,
+        opening: Literal["kept", "once"] | None = None,
         padded: bool = False,
     ) -> Layout:
         """Lay out a batch that lies on the CPU.
@@ -92,7 +94,7 @@ class Layout:
             free_branches: None: all tokens run together. Else those before the first injected row are the head, True:
                 in branches too, False: in shared prefixes alone.
             opening: what all trees begin with runs once; where no other token runs before the rest, it is the head.
-                Not of a padded batch, whose last tree begins with nothing.
+                kept: for later batches too. Not of a padded batch, whose last tree begins with nothing.
             padded: with further tokens and slots that nobody reads, so that few shapes occur.
         Raises: ValueError where a row's answer is not the end of its branch, or the trees are broken.
         """
@@ -113,7 +115,7 @@ class Layout:
             places = plan.own_places(cut)
             first, plan = plan.split(cut)
             place, rest = (on_device(torch.from_numpy(x), device) for x in places)
-            opened = Opening.of(first, shared, device) if shared else None
+            opened = Opening.of(first, shared, device, kept=opening == "kept") if shared else None
             head = Head(first, place, rest, batch.token_ids.cpu().numpy()[places[0]], opened)
         order = on_device(torch.from_numpy(np.argsort(branch)), device)
         return cls(batch.to(device), plan, order, head)

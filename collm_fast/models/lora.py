@@ -143,7 +143,7 @@ def _share_a_step(layers: Sequence[nn.Module], adapted: Sequence[LoraLinear]) ->
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

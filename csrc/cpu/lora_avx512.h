@@ -22,7 +22,6 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 constexpr int64_t kRows = 32;              // rows of one stretch: what is read of a factor serves all of them
-constexpr int64_t kBlockRows = 256;        // rows that share a panel of a product while it is in a cache
 constexpr int64_t kWords = kColumns / 16;  // of 16 bits, a mask's row of one stretch
 
 template <typename T>

@@ -96,13 +96,13 @@ struct Side {
 
 // Rows that will be read soon, asked for a few lines at a time.
 struct Upcoming {
-  const float* data;  // null: nothing
+  const float* data;
   int64_t stride, columns, rows, row = 0, column = 0;
 
-  int64_t lines() const { return data == nullptr ? 0 : rows * ((columns + 15) / 16); }
+  int64_t lines() const { return rows * ((columns + 15) / 16); }
   // Asks for up to n lines; returns how many of them are left to ask for.
   COLLM_AVX512_INLINE int64_t ask(int64_t n) {
-    for (; n > 0 && data != nullptr && row < rows; --n) {
+    for (; n > 0 && row < rows; --n) {
       _mm_prefetch(reinterpret_cast<const char*>(data + row * stride + column), _MM_HINT_T1);
       column += 16;
       if (column >= columns) {

@@ -26,13 +26,13 @@
 namespace collm::lora::tiles {
 
 using avx512::first;
-using avx512::kBlockRows;
 using avx512::kRows;
 using torch::headeronly::BFloat16;
 
 constexpr int64_t kTile = 16 * 32;   // bfloat16 numbers of one tile: 16 rows of 64 bytes
 constexpr int64_t kPanel = 32;       // outputs, two tiles side by side; kRows = 32 rows are two tiles too
 constexpr int64_t kStep = 32;        // terms of the contraction that one tile holds
+constexpr int64_t kBlockRows = 256;  // rows that share a panel of a product while it is in a cache
 constexpr int64_t kBlockSteps = 20;  // and so many steps of that panel: 40 KB
 constexpr int64_t kMaxTerms =
     1024;                      // of projections side by side: more of kBlockRows rows leaves the second-level cache
