@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collm_fast.models.attention import tree_attention
-from collm_fast.models.frozen import mlp_residual, norm
+from collm_fast.models.frozen import add_projected, mlp_residual, norm
 from collm_fast.models.lora import LoraLinear, project_together
 from collm_fast.models.tree_plan import TreePlan
 from collm_fast.ops.decoder import rotate_heads
@@ -94,7 +94,7 @@ class Decoder:
             else:
                 query, key, value = self._heads_of(layer.self_attn, normed, rotary)
                 found.append((key, value))
-                x = self._rest(layer, x, self._attend(index, query, key, value, plan, past))
+                x = self._rest(layer, x, self._attend(index, query, key, value, plan, past), into_x=index > 0)
         return found
 
     def answers(self, x: Tensor, rotary: Rotary, plan: TreePlan, past: Past | None = None) -> Tensor:
@@ -120,7 +120,7 @@ class Decoder:
                     at = rotary[0][place], rotary[1][place]
                     query = _heads(attention, attention.q_proj(normed[place]), "q_norm", at)
                 x, plan = x[place], plan.answers()
-            x = self._rest(layer, x, self._attend(index, query, key, value, plan, past))
+            x = self._rest(layer, x, self._attend(index, query, key, value, plan, past), into_x=index > 0)
         return norm(self.base.norm, x, wide=True)
 
     def _heads_of(self, attention: Any, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,8 +140,9 @@ class Decoder:
         out = tree_attention(query, key, value, plan, scaling=scaling, window=self.windows[index], past=before)
         return out[0].transpose(0, 1).flatten(1)
 
-    def _rest(self, layer: Any, x: Tensor, attended: Tensor) -> Tensor:
-        return mlp_residual(layer, x + layer.self_attn.o_proj(attended))
+    def _rest(self, layer: Any, x: Tensor, attended: Tensor, *, into_x: bool = False) -> Tensor:
+        """What follows attention; x may be overwritten where `into_x` says that it is nobody else's."""
+        return mlp_residual(layer, add_projected(x, layer.self_attn.o_proj, attended, into_x=into_x))
 
     @torch.no_grad()
     def _difference(self) -> str | None:

@@ -19,7 +19,7 @@ from collm_fast.data.transfer import on_device
 from collm_fast.models import flex
 
 # What computes an attention call: `attention.kernel_of` has the rule.
-Kernel = Literal["paths", "products", "flex", "fused"]
+Kernel = Literal["paths", "flex", "fused"]
 
 
 class Piece(NamedTuple):
@@ -75,7 +75,7 @@ class TreePlan:
             self.trees[-1].append(Piece(0, size, size))
         self.per_branch = per_branch
         self._masks: dict[tuple[Any, ...], Tensor] = {}
-        self._calls: dict[int, tuple[list[int], list[int], list[int], list[Call]]] = {}
+        self._calls: tuple[list[int], list[int], list[int], list[Call]] | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
         self._block_masks: dict[tuple[int | None, torch.device], flex.Mask] = {}
         self._answers: TreePlan | None = None
@@ -85,7 +85,7 @@ class TreePlan:
     def _with(self, trees: list[list[Piece]]) -> TreePlan:
         """Other pieces, the same masks."""
         other = copy.copy(self)
-        other.trees, other._calls, other._tables, other._block_masks, other.kernel = trees, {}, None, {}, None
+        other.trees, other._calls, other._tables, other._block_masks, other.kernel = trees, None, None, {}, None
         other._answers = other._ends = None
         return other
 
@@ -148,13 +148,13 @@ class TreePlan:
             self._block_masks[window, device] = flex.block_mask(flex.axes(self.trees), window, device)
         return self._block_masks[window, device]
 
-    def calls(self, whole_up_to: int) -> tuple[list[int], list[int], list[int], list[Call]]:
+    def calls(self) -> tuple[list[int], list[int], list[int], list[Call]]:
         """(split of the queries, of the past keys, of the own keys, the calls), the same for every layer."""
-        if whole_up_to not in self._calls:
-            self._calls[whole_up_to] = self._make_calls(whole_up_to)
-        return self._calls[whole_up_to]
+        if self._calls is None:
+            self._calls = self._make_calls()
+        return self._calls
 
-    def _make_calls(self, whole_up_to: int) -> tuple[list[int], list[int], list[int], list[Call]]:
+    def _make_calls(self) -> tuple[list[int], list[int], list[int], list[Call]]:
         queries: list[int] = []
         sizes: tuple[list[int], list[int]] = ([], [])  # own, past
         calls: list[Call] = []
@@ -168,9 +168,10 @@ class TreePlan:
             return found
 
         for tree in self.trees:
-            asked, total = sum(p.asked for p in tree), sum(p.past + p.own for p in tree)
-            few = asked < len(tree)  # one query a branch: all keys once cost less than the prefix for each branch
-            if len(tree) > 2 and self.per_branch and total > whole_up_to and not few:
+            few = sum(p.asked for p in tree) < len(
+                tree
+            )  # one query a branch: all keys once cost less than the prefix for each branch
+            if len(tree) > 2 and self.per_branch and not few:
                 prefix = keys(tree[:1])
                 for j, piece in enumerate(tree[1:]):
                     part = (*tree[:1], piece) if j == 0 else (tree[0]._replace(asked=0), piece)
@@ -178,6 +179,7 @@ class TreePlan:
             elif any(p.past for p in tree):
                 calls.append(Call(tuple(tree), tuple(keys(tree)), len(tree) > 2))
             else:
+                total = sum(p.own for p in tree)
                 calls.append(Call(tuple(tree), tuple(keys([Piece(0, total, 0)])), len(tree) > 2))
         calls = [call for call in calls if any(p.asked for p in call.pieces)]
         queries = [sum(p.asked for p in call.pieces) for call in calls]
@@ -215,8 +217,6 @@ def _tree_mask(pieces: tuple[Piece, ...], window: int | None) -> Tensor:
 
 
 def _additive(visible: Tensor, like: Tensor) -> Tensor:
-    # float32 for the products, the inputs' own dtype for torch's kernel.
-    dtype = torch.float32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else like.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
+    mask = torch.zeros(visible.shape, dtype=like.dtype).masked_fill(~visible, float("-inf"))
     # Not from pinned memory: of a long tree it would take hundreds of megabytes of that.
     return mask.to(like.device, non_blocking=True)

@@ -1,7 +1,7 @@
 """Attention along the paths of packed prompt trees in one call: schema, fake, autograd, registration, public function.
 
-On a CPU with AMX tiles csrc/cpu/attention.cpp serves bfloat16; the specification is reference.py. Which attention a
-model uses where is models/attention.py. Floor F1.
+On a CPU csrc/cpu/attention.cpp serves float32 and bfloat16; the specification is reference.py. Which attention a model
+uses where is models/attention.py. Floor F1.
 """
 
 from __future__ import annotations
@@ -184,9 +184,9 @@ _attend = register_autograd("path_attention", _backward, _setup)
 
 # --- public functions --------------------------------------------------------------------------------------------
 def serves(query: Tensor) -> bool:
-    """Whether `path_attention` has a compiled kernel for this tensor: bfloat16, on a CPU with AMX tiles."""
-    compiled = _native.backends["path_attention"]["cpu"] == "native" and _native.tiles()
-    return compiled and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    """Whether `path_attention` has a compiled kernel for this tensor: float32 or bfloat16, on a CPU."""
+    compiled = _native.backends["path_attention"]["cpu"] == "native"
+    return compiled and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
 
 
 def path_attention(
@@ -209,11 +209,11 @@ def path_attention(
 
     Args:
         query: [h, Q, d], the asked tokens of all pieces in order; key, value: [h or a divisor, T, d], their own tokens;
-            one dtype, d of at least 2. The compiled kernel takes bfloat16 alone, on a CPU whose AMX tiles it may use.
+            one dtype, d of at least 2. The compiled kernels take float32 and bfloat16, this on AMX tiles where they may.
         pieces: [N, 3] int64 on the CPU, (past, own, asked) of each. counts: [trees] int64, the prefix included.
         window: a token sees at most so many positions back, itself included; None: all.
         past: key and value of the past tokens, [h or a divisor, P, d], which get no gradient.
-    Returns: [Q, h, d]. Weights and the scores' gradient are rounded to the dtype once; all sums are float32.
+    Returns: [Q, h, d]. Weights and the scores' gradient are rounded to the dtype at most once; all sums are float32.
     Raises: ValueError for other shapes, dtypes and lengths, or past keys that require a gradient.
     Source: the softmax in blocks and its gradient from the sums alone: Dao, FlashAttention-2 (arXiv 2307.08691).
     """

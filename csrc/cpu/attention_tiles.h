@@ -1,12 +1,12 @@
 // path_attention in bfloat16 on AMX tiles: the scores of a block of queries, their softmax and the sums behind it stay
 // in the second-level cache, and what a tree's paths share is packed into tiles once.
 //
-// A task is one key head of one tree. Its rows are (token, query head of that key head), so that all of them meet the
-// same keys. A key stands in a column of its tree; every run of keys begins at a multiple of kStep columns, and columns
-// and rows between are zero. Scores and their gradient are float32 until the softmax has read them; weights and the
-// scores' gradient are rounded to bfloat16 once, sums are float32. Nothing depends on the number of threads.
+// Every run of keys begins at a multiple of kStep columns, and columns and rows between are zero. Scores and their
+// gradient are float32 until the softmax has read them; weights and the scores' gradient are rounded to bfloat16 once,
+// sums are float32. Nothing depends on the number of threads.
 #pragma once
 
+#include "attention_paths.h"
 #include "lora_tiles.h"
 
 #if defined(COLLM_X86)
@@ -15,7 +15,7 @@
 #include <cmath>
 #include <vector>
 
-namespace collm::attention {
+namespace collm::attention::tiles {
 
 using lora::round_up;
 using lora::avx512::first;
@@ -28,51 +28,28 @@ using lora::tiles::settle;
 
 constexpr int64_t kBlock = 128;  // rows of one block: its scores and their gradient stay in the second-level cache
 
-// A run of keys that follow one another in memory, and in a path.
-struct Run {
-  int64_t begin, size;  // in the past or the own keys
-  bool past;
-  int64_t column, position;  // its first key's column in the tree and position in the path
-};
-
-struct Path {
-  int64_t query, asked, keys;  // the first query of `asked`, the last of `keys` positions
-  std::vector<Run> runs;
-};
-
-struct Tree {
-  std::vector<Run> runs;
-  std::vector<Path> paths;
-  int64_t columns = 0, longest = 0;  // columns of the tree, and of its widest path
-};
-
-struct Rows {
-  const uint16_t* data;
-  int64_t head, token;  // strides
-};
-
-struct Problem {
-  int64_t heads, key_heads, width;  // query heads, key heads, d
-  int64_t queries, tokens;
-  float scale;
-  int64_t window;  // 0: none
-  Rows query, key, value, past_key, past_value, grad;
-  float* sums;                                // [heads][queries]: log2 of the softmax's sum
-  uint16_t *out, *d_query, *d_key, *d_value;  // [Q][h][d], [h][Q][d], [hk][T][d], [T][hk][d]
-
-  int64_t repeat() const { return heads / key_heads; }
-  int64_t padded() const { return round_up(width, kStep); }
-  const Rows& keys(bool past) const { return past ? past_key : key; }
-  const Rows& values(bool past) const { return past ? past_value : value; }
-};
+COLLM_INLINE int64_t padded(const Problem<uint16_t>& p) { return round_up(p.width, kStep); }
 
 // Memory of one thread, cut for the largest of its trees.
 struct Scratch {
   uint16_t *key_terms, *value_terms, *key_pairs, *value_pairs;  // by width and by key: see `pack`
   uint16_t *query, *grad, *weights, *d_scores;                  // rows of a block
   uint16_t *query_turned, *grad_turned, *weight_pairs, *score_pairs;
-  float *scores, *d_weights, *sums, *d_keys, *d_values;
-  std::array<float, kBlock> factor;
+  float *scores, *d_weights, *sums, *factor, *d_keys, *d_values;
+
+  template <typename Take>
+  void cut(int64_t width, int64_t columns, int64_t longest, bool gradient, const Take& take) {
+    const int64_t wide = round_up(width, kStep), keys = columns * wide, rows = kBlock * wide, block = kBlock * longest;
+    take(key_terms, keys), take(query, rows), take(scores, block), take(sums, rows);
+    take(gradient ? key_pairs : value_pairs, keys);
+    if (gradient) {
+      take(value_terms, keys), take(grad, rows), take(query_turned, rows), take(grad_turned, rows);
+      take(d_scores, block), take(weight_pairs, block), take(score_pairs, block), take(d_weights, block);
+      take(d_keys, keys), take(d_values, keys);
+    } else {
+      take(weights, block), take(factor, kBlock);
+    }
+  }
 };
 
 // c [m][n] (+)= a [m][k] b: m, n and k multiples of 32; a row by row, b in tiles.
@@ -121,11 +98,11 @@ COLLM_TILES_INLINE void product(Left a, Right b, float* c, int64_t stride, int64
 
 // A tree's keys or values of one head: `terms` [d / 32][columns / 16] tiles, whose contraction runs along d, and
 // `pairs` [columns / 32][d / 16] tiles, whose contraction runs along the keys.
-COLLM_TILES_INLINE void pack(const Problem& p, const Tree& tree, int64_t head, bool values, uint16_t* terms,
+COLLM_TILES_INLINE void pack(const Problem<uint16_t>& p, const Tree& tree, int64_t head, bool values, uint16_t* terms,
                              uint16_t* pairs) {
-  const int64_t wide = p.padded();
+  const int64_t wide = padded(p);
   for (const Run& run : tree.runs) {
-    const Rows& rows = values ? p.values(run.past) : p.keys(run.past);
+    const Rows<uint16_t>& rows = values ? p.values(run.past) : p.keys(run.past);
     const uint16_t* from = rows.data + head * rows.head + run.begin * rows.token;
     for (int64_t k = 0; k < round_up(run.size, kStep); k += 16) {
       const int64_t column = run.column + k, keys = run.size - k;
@@ -141,23 +118,10 @@ COLLM_TILES_INLINE void pack(const Problem& p, const Tree& tree, int64_t head, b
   }
 }
 
-// A row of a path: its token there and which of the key head's query heads it is.
-struct Row {
-  int64_t token, head;
-
-  COLLM_INLINE Row(int64_t row, int64_t repeat) : token(row / repeat), head(row % repeat) {}
-  COLLM_INLINE void next(int64_t repeat) {
-    if (++head == repeat) {
-      head = 0;
-      ++token;
-    }
-  }
-};
-
 // The rows begin .. end - 1 of a path into `to` [32 n][wide], zero where there is none.
-COLLM_TILES_INLINE void gather(const Problem& p, const Rows& rows, const Path& path, int64_t head, int64_t begin,
-                               int64_t end, uint16_t* to) {
-  const int64_t wide = p.padded(), repeat = p.repeat();
+COLLM_TILES_INLINE void gather(const Problem<uint16_t>& p, const Rows<uint16_t>& rows, const Path& path, int64_t head,
+                               int64_t begin, int64_t end, uint16_t* to) {
+  const int64_t wide = padded(p), repeat = p.repeat();
   Row row(begin, repeat);
   for (int64_t r = begin; r < begin + round_up(end - begin, kStep); ++r, row.next(repeat), to += wide) {
     const uint16_t* from = rows.data + (head * repeat + row.head) * rows.head + (path.query + row.token) * rows.token;
@@ -199,18 +163,6 @@ COLLM_TILES_INLINE __m512 power(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
-// The keys of a run that a token of a path sees: [begin, end).
-struct Seen {
-  int64_t begin, end;
-};
-
-COLLM_INLINE Seen seen_by(const Problem& p, const Path& path, const Run& run, int64_t token) {
-  const int64_t position = path.keys - path.asked + token;
-  const int64_t oldest = p.window > 0 ? std::max<int64_t>(0, position - p.window + 1) : 0;
-  const int64_t end = std::clamp<int64_t>(position + 1 - run.position, 0, run.size);
-  return {std::min(end, std::max<int64_t>(0, oldest - run.position)), end};
-}
-
 COLLM_TILES_INLINE __mmask16 lanes(Seen seen, int64_t column) {
   return first(seen.end - column) & static_cast<__mmask16>(~first(seen.begin - column));
 }
@@ -219,15 +171,15 @@ COLLM_TILES_INLINE __mmask16 lanes(Seen seen, int64_t column) {
 struct Block {
   const Path& path;
   int64_t begin, end, rows;  // rows of the path, and their number rounded up to kStep
-  std::array<int64_t, 5> at;
-  std::array<int64_t, 4> counted;
+  std::array<int64_t, kMaxRuns + 1> at;
+  std::array<int64_t, kMaxRuns> counted;
 
-  COLLM_INLINE Block(const Problem& p, const Path& path_, int64_t begin_)
+  COLLM_INLINE Block(const Problem<uint16_t>& p, const Path& path_, int64_t begin_)
       : path(path_), begin(begin_), end(std::min(begin_ + kBlock, path_.asked * p.repeat())) {
     rows = round_up(end - begin, kStep);
     at[0] = 0;
     for (size_t s = 0; s < path.runs.size(); ++s) {
-      counted[s] = round_up(seen_by(p, path, path.runs[s], (end - 1) / p.repeat()).end, kStep);
+      counted[s] = round_up(seen_by(p.window, path, path.runs[s], (end - 1) / p.repeat()).end, kStep);
       at[s + 1] = at[s] + counted[s];
     }
   }
@@ -235,9 +187,9 @@ struct Block {
 };
 
 // scores [rows][width] of the block's rows in `left` against keys or values in `terms`.
-COLLM_TILES_INLINE void against(const Problem& p, const Tree& tree, const Block& b, const uint16_t* left,
+COLLM_TILES_INLINE void against(const Problem<uint16_t>& p, const Tree& tree, const Block& b, const uint16_t* left,
                                 const uint16_t* terms, float* scores) {
-  const int64_t wide = p.padded();
+  const int64_t wide = padded(p);
   for (size_t s = 0; s < b.path.runs.size(); ++s) {
     const Right right{terms + b.path.runs[s].column / 16 * kTile, tree.columns / 16 * kTile, kTile};
     product({left, wide}, right, scores + b.at[s], b.width(), b.rows, b.counted[s], wide, false);
@@ -245,9 +197,9 @@ COLLM_TILES_INLINE void against(const Problem& p, const Tree& tree, const Block&
 }
 
 // sums [rows][wide] = weights [rows][width] of keys or values in `pairs`.
-COLLM_TILES_INLINE void over(const Problem& p, const Block& b, const uint16_t* weights, const uint16_t* pairs,
+COLLM_TILES_INLINE void over(const Problem<uint16_t>& p, const Block& b, const uint16_t* weights, const uint16_t* pairs,
                              float* sums) {
-  const int64_t wide = p.padded(), step = wide / 16 * kTile;
+  const int64_t wide = padded(p), step = wide / 16 * kTile;
   bool add = false;
   for (size_t s = 0; s < b.path.runs.size(); ++s) {
     if (b.counted[s] > 0) {
@@ -258,11 +210,11 @@ COLLM_TILES_INLINE void over(const Problem& p, const Block& b, const uint16_t* w
   }
 }
 
-COLLM_TILES_INLINE void weigh(const Problem& p, const Block& b, int64_t head, Scratch& z) {
+COLLM_TILES_INLINE void weigh(const Problem<uint16_t>& p, const Block& b, int64_t head, Scratch& z) {
   const float factor = p.scale * 1.44269504f;
   const int64_t width = b.width(), repeat = p.repeat();
   const __m512 c = _mm512_set1_ps(factor);
-  std::array<Seen, 4> seen;
+  std::array<Seen, kMaxRuns> seen;
   Row row(b.begin, repeat);
   for (int64_t r = b.begin; r < b.begin + b.rows; ++r, row.next(repeat)) {
     const float* x = z.scores + (r - b.begin) * width;
@@ -274,7 +226,7 @@ COLLM_TILES_INLINE void weigh(const Problem& p, const Block& b, int64_t head, Sc
     __m512 top = _mm512_set1_ps(-INFINITY);
     for (size_t s = 0; s < b.path.runs.size(); ++s) {
       if (r == b.begin || row.head == 0) {
-        seen[s] = seen_by(p, b.path, b.path.runs[s], row.token);
+        seen[s] = seen_by(p.window, b.path, b.path.runs[s], row.token);
       }
       for (int64_t j = seen[s].begin & ~15; j < seen[s].end; j += 16) {
         const __m512 v = _mm512_mul_ps(_mm512_load_ps(x + b.at[s] + j), c);
@@ -302,9 +254,9 @@ COLLM_TILES_INLINE void weigh(const Problem& p, const Block& b, int64_t head, Sc
 }
 
 // The block's sums [rows][wide] in bfloat16, each times its factor where there are some, to rows at (head, token).
-COLLM_TILES_INLINE void write(const Problem& p, const Block& b, int64_t head, const float* sums, const float* factor,
-                              uint16_t* out, int64_t head_stride, int64_t token_stride) {
-  const int64_t wide = p.padded(), repeat = p.repeat();
+COLLM_TILES_INLINE void write(const Problem<uint16_t>& p, const Block& b, int64_t head, const float* sums,
+                              const float* factor, uint16_t* out, int64_t head_stride, int64_t token_stride) {
+  const int64_t wide = padded(p), repeat = p.repeat();
   Row row(b.begin, repeat);
   for (int64_t r = b.begin; r < b.end; ++r, row.next(repeat)) {
     const float* from = sums + (r - b.begin) * wide;
@@ -317,7 +269,7 @@ COLLM_TILES_INLINE void write(const Problem& p, const Block& b, int64_t head, co
   }
 }
 
-COLLM_TILES inline void forward(const Problem& p, const Tree& tree, int64_t head, Scratch& z) {
+COLLM_TILES inline void forward(const Problem<uint16_t>& p, const Tree& tree, int64_t head, Scratch& z) {
   configure();
   pack(p, tree, head, false, z.key_terms, nullptr);
   pack(p, tree, head, true, nullptr, z.value_pairs);
@@ -328,19 +280,19 @@ COLLM_TILES inline void forward(const Problem& p, const Tree& tree, int64_t head
       against(p, tree, b, z.query, z.key_terms, z.scores);
       weigh(p, b, head, z);
       over(p, b, z.weights, z.value_pairs, z.sums);
-      write(p, b, head, z.sums, z.factor.data(), p.out, p.width, p.heads * p.width);
+      write(p, b, head, z.sums, z.factor, p.out, p.width, p.heads * p.width);
     }
   }
   _tile_release();
 }
 
 // The weights again, and ds = scale p (dp - sum p dp) from dp: both in pairs of rows, ds also row by row.
-COLLM_TILES_INLINE void weigh_backward(const Problem& p, const Block& b, int64_t head, Scratch& z) {
+COLLM_TILES_INLINE void weigh_backward(const Problem<uint16_t>& p, const Block& b, int64_t head, Scratch& z) {
   const int64_t width = b.width(), repeat = p.repeat(), runs = b.path.runs.size();
   const __m512 c = _mm512_set1_ps(p.scale * 1.44269504f), scale = _mm512_set1_ps(p.scale);
   Row next(b.begin, repeat);
   for (int64_t r = b.begin; r < b.begin + b.rows; r += 2) {
-    std::array<std::array<Seen, 4>, 2> seen{};
+    std::array<std::array<Seen, kMaxRuns>, 2> seen{};
     __m512 inner[2];
     for (int64_t i = 0; i < 2; ++i, next.next(repeat)) {
       float* x = z.scores + (r + i - b.begin) * width;
@@ -350,7 +302,7 @@ COLLM_TILES_INLINE void weigh_backward(const Problem& p, const Block& b, int64_t
         const int64_t query = b.path.query + next.token;
         const __m512 shift = _mm512_set1_ps(p.sums[(head * repeat + next.head) * p.queries + query]);
         for (int64_t s = 0; s < runs; ++s) {
-          seen[i][s] = seen_by(p, b.path, b.path.runs[s], next.token);
+          seen[i][s] = seen_by(p.window, b.path, b.path.runs[s], next.token);
           for (int64_t j = seen[i][s].begin & ~15; j < seen[i][s].end; j += 16) {
             const int64_t at = b.at[s] + j;
             const __m512 v = power(_mm512_fmsub_ps(_mm512_load_ps(x + at), c, shift));
@@ -387,20 +339,20 @@ COLLM_TILES_INLINE void weigh_backward(const Problem& p, const Block& b, int64_t
 }
 
 // sums [wide][columns] += left [rows][wide]^T right [rows][width], for the keys that have a gradient.
-COLLM_TILES_INLINE void collect(const Problem& p, const Tree& tree, const Block& b, const uint16_t* turned,
+COLLM_TILES_INLINE void collect(const Problem<uint16_t>& p, const Tree& tree, const Block& b, const uint16_t* turned,
                                 const uint16_t* pairs, float* sums) {
   for (size_t s = 0; s < b.path.runs.size(); ++s) {
     if (!b.path.runs[s].past) {
       const Right right{pairs + b.at[s] / 16 * kTile, b.width() / 16 * kTile, kTile};
-      product({turned, b.rows}, right, sums + b.path.runs[s].column, tree.columns, p.padded(), b.counted[s], b.rows,
+      product({turned, b.rows}, right, sums + b.path.runs[s].column, tree.columns, padded(p), b.counted[s], b.rows,
               true);
     }
   }
 }
 
 // sums [wide][columns] of the tree's own keys, turned and in bfloat16, to rows at (head, token).
-COLLM_TILES_INLINE void write_keys(const Problem& p, const Tree& tree, int64_t head, const float* sums, uint16_t* out,
-                                   int64_t head_stride, int64_t token_stride) {
+COLLM_TILES_INLINE void write_keys(const Problem<uint16_t>& p, const Tree& tree, int64_t head, const float* sums,
+                                   uint16_t* out, int64_t head_stride, int64_t token_stride) {
   for (const Run& run : tree.runs) {
     for (int64_t k = 0; !run.past && k < run.size; k += 16) {
       for (int64_t d = 0; d < p.width; d += 16) {
@@ -420,8 +372,8 @@ COLLM_TILES_INLINE void write_keys(const Problem& p, const Tree& tree, int64_t h
   }
 }
 
-COLLM_TILES inline void backward(const Problem& p, const Tree& tree, int64_t head, Scratch& z) {
-  const int64_t wide = p.padded();
+COLLM_TILES inline void backward(const Problem<uint16_t>& p, const Tree& tree, int64_t head, Scratch& z) {
+  const int64_t wide = padded(p);
   configure();
   pack(p, tree, head, false, z.key_terms, z.key_pairs);
   pack(p, tree, head, true, z.value_terms, nullptr);
@@ -448,6 +400,6 @@ COLLM_TILES inline void backward(const Problem& p, const Tree& tree, int64_t hea
   _tile_release();
 }
 
-}  // namespace collm::attention
+}  // namespace collm::attention::tiles
 
 #endif

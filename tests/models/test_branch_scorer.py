@@ -138,7 +138,7 @@ def test_prefixes_of_many_users_are_bounded_too() -> None:
     assert sum(counted.prefixes) == sum(once.prefixes)
 
 
-@pytest.mark.parametrize("kernel", ["products", pytest.param("paths", marks=requires("tiles"))])
+@pytest.mark.parametrize("kernel", ["fused", pytest.param("paths", marks=requires("native"))])
 def test_bfloat16_is_as_close_as_the_packed_forward(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, _ = one_user(60)
     exact = score_prompts(hybrid(small_model("qwen3"), make_mapper()), prompts, tokens_per_batch=10**6)

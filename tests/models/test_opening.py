@@ -88,7 +88,7 @@ def test_scores_are_those_of_each_prompt_alone(family: str, seed: int, ran: dict
     assert ran["past"] == [6, 6], "until a weight was written to"
 
 
-@pytest.mark.parametrize("kernel", ["products", "flex"])
+@pytest.mark.parametrize("kernel", ["on a CPU", "flex"])
 @pytest.mark.parametrize("seed", range(3))
 def test_stage_two_has_the_gradients_of_a_batch_without_one(
     seed: int, kernel: str, ran: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from collm_fast import _native
 from collm_fast.graph import BipartiteGraph
 from collm_fast.ops import attention as _attention  # noqa: F401  (these register ops)
 from collm_fast.ops import decoder as _decoder  # noqa: F401
@@ -130,16 +129,15 @@ def lora_group() -> Iterator[Case]:
 
 
 def path_attention() -> Iterator[Case]:
-    if not _native.tiles():
-        return
+    from test_attention import DTYPES as dtypes
     from test_attention import SHAPES, TREES, operands, tables
 
-    for shape, name in itertools.product(SHAPES, TREES):
-        inputs, past, grad = operands(name, shape)
+    for dtype, shape, name in itertools.product(dtypes, SHAPES, TREES):
+        inputs, past, grad = operands(name, shape, dtype)
         given, plan = [*inputs, *(past or (None, None))], [*tables(name), 0.2, 9]
         sums = ops.path_attention(*given, *plan)[1]
-        yield f"forward {name}, {shape}", [*given, *plan], ops.path_attention
-        yield f"backward {name}, {shape}", [grad, *given, sums, *plan], ops.path_attention_backward
+        yield f"forward {name}, {shape}, {dtype}", [*given, *plan], ops.path_attention
+        yield f"backward {name}, {shape}, {dtype}", [grad, *given, sums, *plan], ops.path_attention_backward
 
 
 def inject() -> Iterator[Case]:
@@ -302,9 +300,7 @@ def fork(cases: Callable[[], Iterator[Case]], simd: str, fault: str = "") -> dic
 def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
-    # Attention has one kernel, that of the tiles.
-    runs = [(name, simd) for name in FAMILIES for simd in (SIMD[:1] if name == "path_attention" else SIMD)]
-    found = {f"{name} {simd}": fork(FAMILIES[name], simd) for name, simd in runs}
+    found = {f"{name} {simd}": fork(FAMILIES[name], simd) for name, simd in itertools.product(FAMILIES, SIMD)}
     found |= {fault: fork(control, "best", fault) for fault in FAULTS}
     print(json.dumps(found))
 

@@ -171,7 +171,7 @@ def test_two_optimizers_that_never_meet_stay_together(stage: str) -> None:
     [Case("llama", "cie", "group", loss="yes-no"), Case("qwen2", "cie", "random"), Case("qwen3", "lora", "group")],
     ids=lambda case: f"{case.family}-{case.stage}",
 )
-@pytest.mark.parametrize("kernel", ["products", pytest.param("paths", marks=requires("tiles"))])
+@pytest.mark.parametrize("kernel", ["fused", pytest.param("paths", marks=requires("native"))])
 def test_bfloat16_errs_at_most_twice_as_much_and_no_more_to_one_side(
     case: Case, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
