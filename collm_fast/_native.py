@@ -134,7 +134,7 @@ def C() -> ModuleType | None:
 
 @functools.cache
 def tiles() -> bool:
-    """Whether compiled CPU kernels may use AMX tiles: those that have no other form serve only then."""
+    """Whether the compiled CPU kernels use AMX tiles in bfloat16."""
     return _C is not None and bool(_C.build_info()["tiles"])
 
 

@@ -176,12 +176,6 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype | None = None) -> Tensor:
-    """softmax(scale scores + mask) along the last axis, in float32 (float64 in float64), given as `dtype`."""
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    return torch.softmax(wide if mask is None else wide + mask, dim=-1).to(dtype or scores.dtype)
-
-
 def path_visible(pieces: Tensor, counts: Tensor, window: int | None = None) -> Tensor:
     """[asked, past + own] bool: which keys the queries of packed trees see; pieces [N, 3] of (past, own, asked)."""
     past, own, asked = pieces.unbind(1)

@@ -78,11 +78,9 @@ def available(need: str) -> bool:
 
         return (_native.FOLDER / "libcollm_fast_cpu.so").is_file() and _native.C() is not None
     if need == "tiles":
-        import torch
+        from collm_fast import _native
 
-        from collm_fast.ops.attention import serves
-
-        return serves(torch.empty(0, dtype=torch.bfloat16))
+        return available("native") and _native.tiles()
     return _installed(need)
 
 

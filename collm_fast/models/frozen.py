@@ -68,7 +68,7 @@ def add_projected(x: Tensor, projection: Any, attended: Tensor, *, into_x: bool)
     out: Tensor
     if wanted or not into_x or not _is_plain(projection):
         out = x + projection(attended)
-    elif x.dtype == projection.weight.dtype:
+    elif x.dtype == attended.dtype == projection.weight.dtype:
         out = x.addmm_(attended, projection.weight.t())
     else:
         out = x.add_(F.linear(attended, projection.weight))

@@ -168,9 +168,8 @@ class TreePlan:
             return found
 
         for tree in self.trees:
-            few = sum(p.asked for p in tree) < len(
-                tree
-            )  # one query a branch: all keys once cost less than the prefix for each branch
+            # One query a branch: all keys once cost less than the prefix for each branch.
+            few = sum(p.asked for p in tree) < len(tree)
             if len(tree) > 2 and self.per_branch and not few:
                 prefix = keys(tree[:1])
                 for j, piece in enumerate(tree[1:]):

@@ -209,7 +209,7 @@ def path_attention(
 
     Args:
         query: [h, Q, d], the asked tokens of all pieces in order; key, value: [h or a divisor, T, d], their own tokens;
-            one dtype, d of at least 2. The compiled kernels take float32 and bfloat16, this on AMX tiles where they may.
+            one dtype, d of at least 2. Compiled, it takes float32 and bfloat16, the latter on AMX tiles where it may.
         pieces: [N, 3] int64 on the CPU, (past, own, asked) of each. counts: [trees] int64, the prefix included.
         window: a token sees at most so many positions back, itself included; None: all.
         past: key and value of the past tokens, [h or a divisor, P, d], which get no gradient.

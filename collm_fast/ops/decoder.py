@@ -1,8 +1,7 @@
 """What stands between the matrix products of a decoder layer: schema, fake, autograd, registration, public functions.
 
-rms_norm, swiglu, rotate_heads and masked_softmax, each one pass over its operands. The CPU's kernels live in
-csrc/cpu/decoder.cpp; on a GPU plain torch serves. The specification is reference.py, the layer models/decoder.py.
-Floor F1.
+rms_norm, swiglu and rotate_heads, each one pass over its operands. The CPU's kernels live in csrc/cpu/decoder.cpp; on a
+GPU plain torch serves. The specification is reference.py, the layer models/decoder.py. Floor F1.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ for _schema in (
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     "rotate_heads(Tensor x, Tensor cos, Tensor sin) -> Tensor",
     "rotate_heads_backward(Tensor grad, Tensor cos, Tensor sin) -> Tensor",
-    "masked_softmax(Tensor scores, Tensor? mask, float scale, ScalarType? dtype=None) -> Tensor",
-    "masked_softmax_backward(Tensor grad, Tensor weights, float scale, ScalarType? dtype=None) -> Tensor",
 ):
     _native.LIBRARY.define(_schema)
 
@@ -99,34 +96,6 @@ def _check_rotate_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> None:
     require(cos.shape[1] == grad.shape[2], op, f"cos of {grad.shape[2]} columns", cos.shape[1])
 
 
-def _check_softmax(scores: Tensor, mask: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
-    op = "masked_softmax"
-    require(scores.dim() >= 2, op, "scores of shape [..., Q, K]", scores)
-    _check_float(op, "scores", scores)
-    if mask is not None:
-        require(mask.shape == scores.shape[-2:], op, f"mask of shape {list(scores.shape[-2:])}", mask)
-        require(mask.dtype == torch.float32, op, "mask in float32", mask.dtype)
-    wanted = scores.dtype if dtype is None else dtype
-    good = wanted == scores.dtype or (scores.dtype, wanted) == (torch.float32, torch.bfloat16)
-    got = f"{dtype_name(wanted)} and {dtype_name(scores.dtype)}"
-    require(good, op, "weights of the dtype of the scores, or bfloat16 ones of float32 scores", got)
-    return wanted
-
-
-def _check_softmax_backward(grad: Tensor, weights: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    op = "masked_softmax_backward"
-    require(weights.dim() >= 2, op, "weights of shape [..., Q, K]", weights)
-    _check_float(op, "weights", weights)
-    _check_shape(op, "grad", grad, "weights", weights)
-    wanted = grad.dtype if dtype is None else dtype
-    alike = grad.dtype == wanted == weights.dtype
-    mixed = weights.dtype == torch.bfloat16 and {grad.dtype, wanted} == {torch.float32, torch.bfloat16}
-    got = f"{dtype_name(grad.dtype)} and {dtype_name(wanted)}"
-    rule = "grad and result of the dtype of weights, or one of them float32 for bfloat16"
-    require(alike or mixed, op, rule, got)
-    return wanted
-
-
 # --- plain torch -------------------------------------------------------------------------------------------------
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check_norm("rms_norm", x, weight)
@@ -166,25 +135,12 @@ def _rotate_heads_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (grad * cos + torch.cat((second, -first), dim=-1)).transpose(0, 1).reshape(grad.shape[1], -1)
 
 
-def _masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype | None = None) -> Tensor:
-    wanted = _check_softmax(scores, mask, dtype)
-    return reference.masked_softmax(scores, mask, scale, wanted).contiguous()
-
-
-def _masked_softmax_backward(grad: Tensor, weights: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
-    wanted = _check_softmax_backward(grad, weights, dtype)
-    wide, p = grad.to(_sum_type(grad)), weights.to(_sum_type(weights))
-    return (p * (wide - (wide * p).sum(-1, keepdim=True)) * scale).to(wanted).contiguous()
-
-
 _native.register("rms_norm", reference=_rms_norm)
 _native.register("rms_norm_backward", reference=_rms_norm_backward)
 _native.register("swiglu", reference=_swiglu)
 _native.register("swiglu_backward", reference=_swiglu_backward)
 _native.register("rotate_heads", reference=_rotate_heads)
 _native.register("rotate_heads_backward", reference=_rotate_heads_backward)
-_native.register("masked_softmax", reference=_masked_softmax)
-_native.register("masked_softmax_backward", reference=_masked_softmax_backward)
 
 
 # --- fakes and autograd ------------------------------------------------------------------------------------------
@@ -228,18 +184,6 @@ def _rotate_heads_backward_fake(grad: Tensor, cos: Tensor, sin: Tensor) -> Tenso
     return grad.new_empty(grad.shape[1], grad.shape[0] * grad.shape[2])
 
 
-@_fake("masked_softmax")
-def _masked_softmax_fake(scores: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype | None = None) -> Tensor:
-    return scores.new_empty(scores.shape, dtype=_check_softmax(scores, mask, dtype))
-
-
-@_fake("masked_softmax_backward")
-def _masked_softmax_backward_fake(
-    grad: Tensor, weights: Tensor, scale: float, dtype: torch.dtype | None = None
-) -> Tensor:
-    return grad.new_empty(grad.shape, dtype=_check_softmax_backward(grad, weights, dtype))
-
-
 def _rms_norm_setup(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _ = inputs
     require(not weight.requires_grad, "rms_norm", "a frozen weight", "one that requires a gradient")
@@ -268,19 +212,9 @@ def _rotate_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return _ops.rotate_heads_backward(grad, *ctx.saved_tensors), None, None
 
 
-def _softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output)
-    ctx.dtype, ctx.scale = inputs[0].dtype, inputs[2]
-
-
-def _softmax_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return _ops.masked_softmax_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.dtype), None, None, None
-
-
 _rms_norm_op = register_autograd("rms_norm", _rms_norm_grad, _rms_norm_setup)
 _swiglu_op = register_autograd("swiglu", _swiglu_grad, _swiglu_setup)
 _rotate_heads_op = register_autograd("rotate_heads", _rotate_grad, _rotate_setup)
-_masked_softmax_op = register_autograd("masked_softmax", _softmax_grad, _softmax_setup)
 
 
 # --- public functions --------------------------------------------------------------------------------------------
@@ -321,16 +255,4 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Source: Su et al., RoFormer (arXiv 2104.09864), section 3.2.2, in the halves that Llama uses.
     """
     out: Tensor = _rotate_heads_op(x, cos, sin)
-    return out
-
-
-def masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype | None = None) -> Tensor:
-    """softmax(scale scores + mask) along the last axis, with sums in float32 (float64 in float64).
-
-    Args:
-        scores: [..., Q, K]. mask: [Q, K] float32, 0 or -inf, at least one 0 a row; None: every key counts.
-        dtype: of the result: the scores', or bfloat16 for float32 scores, which one does not want rounded before.
-    Raises: ValueError for other shapes and dtypes.
-    """
-    out: Tensor = _masked_softmax_op(scores, mask, scale, dtype)
     return out

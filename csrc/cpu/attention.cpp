@@ -13,7 +13,6 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -123,12 +122,12 @@ std::vector<Tree> trees_of(const Inputs& in, int64_t step) {
           tree.runs.push_back(runs.back());
           places[past] += size;
           position += size;
-          tree.columns += up_to(size, step);
+          tree.columns += round_up(size, step);
         }
       }
       int64_t width = 0;
       for (const Run& run : runs) {
-        width += up_to(run.size, step);
+        width += round_up(run.size, step);
       }
       tree.longest = std::max(tree.longest, width);
       if (j == 0) {

@@ -8,11 +8,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "lora_rows.h"
+
 namespace collm::attention {
 
-#define COLLM_ALWAYS_INLINE inline __attribute__((always_inline))
-
-COLLM_ALWAYS_INLINE int64_t up_to(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+using lora::round_up;
 
 // A run of keys that follow one another in memory, and in a path.
 struct Run {
@@ -60,8 +60,8 @@ struct Problem {
 struct Row {
   int64_t token, head;
 
-  COLLM_ALWAYS_INLINE Row(int64_t row, int64_t repeat) : token(row / repeat), head(row % repeat) {}
-  COLLM_ALWAYS_INLINE void next(int64_t repeat) {
+  COLLM_INLINE Row(int64_t row, int64_t repeat) : token(row / repeat), head(row % repeat) {}
+  COLLM_INLINE void next(int64_t repeat) {
     if (++head == repeat) {
       head = 0;
       ++token;
@@ -74,7 +74,7 @@ struct Seen {
   int64_t begin, end;
 };
 
-COLLM_ALWAYS_INLINE Seen seen_by(int64_t window, const Path& path, const Run& run, int64_t token) {
+COLLM_INLINE Seen seen_by(int64_t window, const Path& path, const Run& run, int64_t token) {
   const int64_t position = path.keys - path.asked + token;
   const int64_t oldest = window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
   const int64_t end = std::clamp<int64_t>(position + 1 - run.position, 0, run.size);

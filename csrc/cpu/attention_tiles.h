@@ -13,11 +13,9 @@
 
 #include <array>
 #include <cmath>
-#include <vector>
 
 namespace collm::attention::tiles {
 
-using lora::round_up;
 using lora::avx512::first;
 using lora::avx512::transpose;
 using lora::tiles::configure;

@@ -14,18 +14,20 @@ constexpr int kSums = COLLM_LANE_BYTES == 64 ? 8 : 4;  // and its rows: 24 of 32
 constexpr int64_t kPanel = kVectors * kLanes;          // columns packed together; a run of keys begins at a panel
 constexpr int64_t kBlock = 48;                         // rows: their scores stay in the first-level cache, or nearly
 
+static_assert(kLanes % kSums == 0 && kBlock % kSums == 0);  // what is filled up to whole vectors has whole rows of sums
+
 typedef Vector<float, COLLM_LANE_BYTES> Lanes;
 typedef Vector<int32_t, COLLM_LANE_BYTES> Places;
 typedef Vector<uint32_t, COLLM_LANE_BYTES> Words;
 
-COLLM_ALWAYS_INLINE Lanes load_lanes(const float* from) {
+COLLM_INLINE Lanes load_lanes(const float* from) {
   Lanes value;
   load<COLLM_LANE_BYTES>(from, value);
   return value;
 }
-COLLM_ALWAYS_INLINE void store_lanes(Lanes value, float* to) { store<COLLM_LANE_BYTES>(value, to); }
+COLLM_INLINE void store_lanes(Lanes value, float* to) { store<COLLM_LANE_BYTES>(value, to); }
 // Not a sum: 0 + value is not value where that is -0, so it would cost an addition.
-COLLM_ALWAYS_INLINE Lanes all_lanes(float value) { return value - Lanes{}; }
+COLLM_INLINE Lanes all_lanes(float value) { return value - Lanes{}; }
 
 // Memory of one thread, all of it float32, cut for the largest of its trees. Terms [panels][d][kPanel] have a
 // contraction along d, rows [columns][d] one along the keys; d is filled up to whole vectors with zeros.
@@ -36,7 +38,7 @@ struct Scratch {
 
   template <typename Take>
   void cut(int64_t width, int64_t columns, int64_t longest, bool gradient, const Take& take) {
-    const int64_t wide = up_to(width, kLanes), keys = columns * wide, rows = kBlock * wide;
+    const int64_t wide = round_up(width, kLanes), keys = columns * wide, rows = kBlock * wide;
     take(key_terms, keys), take(query, rows), take(scores, kBlock * longest), take(sums, rows);
     if (gradient) {
       take(value_terms, keys), take(key_rows, keys), take(grad, rows), take(d_weights, kBlock * longest);
@@ -54,16 +56,16 @@ struct Block {
   std::array<int64_t, kMaxRuns + 1> at;
   std::array<int64_t, kMaxRuns> counted;
 
-  COLLM_ALWAYS_INLINE Block(int64_t window, int64_t repeat, const Path& path_, int64_t begin_)
+  COLLM_INLINE Block(int64_t window, int64_t repeat, const Path& path_, int64_t begin_)
       : path(path_), begin(begin_), end(std::min(begin_ + kBlock, path_.asked * repeat)) {
-    rows = up_to(end - begin, kSums);
+    rows = round_up(end - begin, kSums);
     at[0] = 0;
     for (size_t s = 0; s < path.runs.size(); ++s) {
       counted[s] = seen_by(window, path, path.runs[s], (end - 1) / repeat).end;
-      at[s + 1] = at[s] + up_to(counted[s], kLanes);
+      at[s + 1] = at[s] + round_up(counted[s], kLanes);
     }
   }
-  COLLM_ALWAYS_INLINE int64_t width() const { return at[path.runs.size()]; }
+  COLLM_INLINE int64_t width() const { return at[path.runs.size()]; }
 };
 
 // --- products ------------------------------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ struct Right {
 };
 
 template <int COUNT>
-COLLM_ALWAYS_INLINE void sums_of(Left a, Right b, float* c, int64_t stride, int64_t terms, bool add) {
+COLLM_INLINE void sums_of(Left a, Right b, float* c, int64_t stride, int64_t terms, bool add) {
   Lanes sum[kSums][COUNT];
 #pragma GCC unroll 8
   for (int i = 0; i < kSums; ++i) {
@@ -142,7 +144,7 @@ inline void against(const Block& b, int64_t wide, const float* left, const float
   for (size_t s = 0; s < b.path.runs.size(); ++s) {
     for (int64_t k = 0; k < b.counted[s]; k += kPanel) {
       const Right right{terms + (b.path.runs[s].column + k) * wide, kPanel};
-      const int64_t n = std::min(kPanel, up_to(b.counted[s] - k, kLanes));
+      const int64_t n = std::min(kPanel, round_up(b.counted[s] - k, kLanes));
       product_panel({left, wide, 1}, right, scores + b.at[s] + k, b.width(), b.rows, n, wide, false);
     }
   }
@@ -166,14 +168,14 @@ inline void collect(const Block& b, int64_t wide, const float* weights, const fl
     if (!b.path.runs[s].past && b.counted[s] > 0) {
       const Left left{weights + b.at[s], 1, b.width()};
       float* to = sums + b.path.runs[s].column * wide;
-      product(left, {right, wide}, to, wide, up_to(b.counted[s], kSums), wide, b.end - b.begin, true);
+      product(left, {right, wide}, to, wide, round_up(b.counted[s], kSums), wide, b.end - b.begin, true);
     }
   }
 }
 
 // --- packing -------------------------------------------------------------------------------------------------------
 template <typename T>
-COLLM_ALWAYS_INLINE void widen_row(const T* from, float* to, int64_t width, int64_t wide) {
+COLLM_INLINE void widen_row(const T* from, float* to, int64_t width, int64_t wide) {
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) {
     Lanes value;
@@ -191,7 +193,7 @@ COLLM_ALWAYS_INLINE void widen_row(const T* from, float* to, int64_t width, int6
 // A tree's keys or values of one head, in either form or in both.
 template <typename T>
 void pack(const Problem<T>& p, const Tree& tree, int64_t head, bool values, float* terms, float* rows) {
-  const int64_t wide = up_to(p.width, kLanes);
+  const int64_t wide = round_up(p.width, kLanes);
   for (const Run& run : tree.runs) {
     const Rows<T>& source = values ? p.values(run.past) : p.keys(run.past);
     const T* from = source.data + head * source.head + run.begin * source.token;
@@ -205,8 +207,8 @@ void pack(const Problem<T>& p, const Tree& tree, int64_t head, bool values, floa
         // A square of one vector each way, turned in registers or the first-level cache.
         float square[kLanes][kLanes];
         for (int64_t i = 0; i < kLanes; ++i) {
-          const int64_t some = i < keys ? std::clamp<int64_t>(p.width - d, 0, kLanes) : 0;
-          widen_row(from + (k + std::min(i, keys - 1)) * source.token + std::min(d, p.width), square[i], some, kLanes);
+          const T* key = from + (k + std::min(i, keys - 1)) * source.token;
+          widen_row(key + d, square[i], i < keys ? std::min(kLanes, p.width - d) : 0, kLanes);
         }
         for (int64_t j = 0; j < kLanes; ++j) {
           for (int64_t i = 0; i < kLanes; ++i) {
@@ -221,7 +223,7 @@ void pack(const Problem<T>& p, const Tree& tree, int64_t head, bool values, floa
 // The block's rows into `to` [rows][wide], zero where there is none.
 template <typename T>
 void gather(const Problem<T>& p, const Rows<T>& source, const Block& b, int64_t head, float* to) {
-  const int64_t wide = up_to(p.width, kLanes), repeat = p.repeat();
+  const int64_t wide = round_up(p.width, kLanes), repeat = p.repeat();
   Row row(b.begin, repeat);
   for (int64_t r = b.begin; r < b.end; ++r, row.next(repeat), to += wide) {
     const T* from = source.data + (head * repeat + row.head) * source.head + (b.path.query + row.token) * source.token;
@@ -231,7 +233,7 @@ void gather(const Problem<T>& p, const Rows<T>& source, const Block& b, int64_t 
 }
 
 template <typename T>
-COLLM_ALWAYS_INLINE void narrow_row(const float* from, float factor, T* to, int64_t width) {
+COLLM_INLINE void narrow_row(const float* from, float factor, T* to, int64_t width) {
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) {
     store<COLLM_LANE_BYTES>(load_lanes(from + d) * factor, to + d);
@@ -245,7 +247,7 @@ COLLM_ALWAYS_INLINE void narrow_row(const float* from, float factor, T* to, int6
 template <typename T>
 void write(const Problem<T>& p, const Block& b, int64_t head, const float* sums, const float* factor, T* out,
            int64_t head_stride, int64_t token_stride) {
-  const int64_t wide = up_to(p.width, kLanes), repeat = p.repeat();
+  const int64_t wide = round_up(p.width, kLanes), repeat = p.repeat();
   Row row(b.begin, repeat);
   for (int64_t r = 0; r < b.end - b.begin; ++r, row.next(repeat), sums += wide) {
     T* to = out + (head * repeat + row.head) * head_stride + (b.path.query + row.token) * token_stride;
@@ -254,8 +256,8 @@ void write(const Problem<T>& p, const Block& b, int64_t head, const float* sums,
 }
 
 // --- softmax -------------------------------------------------------------------------------------------------------
-// 2^x for x <= 0, within 2 ulp; 0 below -126. A nan stays one.
-COLLM_ALWAYS_INLINE Lanes power(Lanes x) {
+// 2^x for x <= 0, or what rounding leaves above, within 2 ulp; 0 below -126. A nan stays one.
+COLLM_INLINE Lanes power(Lanes x) {
   constexpr float kLeast = -126.0f, kShift = 12582912.0f;  // 1.5 2^23: the low bits are the rounded number
   const Lanes capped = x < kLeast ? all_lanes(kLeast) : x;
   const Lanes shifted = capped + kShift, f = capped - (shifted - kShift);
@@ -267,7 +269,7 @@ COLLM_ALWAYS_INLINE Lanes power(Lanes x) {
   return x < kLeast ? Lanes{} : y * (Lanes)exponent;
 }
 
-COLLM_ALWAYS_INLINE float sum_lanes(Lanes value) {
+COLLM_INLINE float sum_lanes(Lanes value) {
   float lane[kLanes];
   store_lanes(value, lane);
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
@@ -278,7 +280,7 @@ COLLM_ALWAYS_INLINE float sum_lanes(Lanes value) {
   return lane[0];
 }
 
-COLLM_ALWAYS_INLINE float most_lanes(Lanes value) {
+COLLM_INLINE float most_lanes(Lanes value) {
   float lane[kLanes];
   store_lanes(value, lane);
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
@@ -290,7 +292,7 @@ COLLM_ALWAYS_INLINE float most_lanes(Lanes value) {
 }
 
 // `value` where a row sees the key of the column, else `other`.
-COLLM_ALWAYS_INLINE Lanes where_seen(Seen seen, int64_t column, Lanes value, Lanes other) {
+COLLM_INLINE Lanes where_seen(Seen seen, int64_t column, Lanes value, Lanes other) {
   if (seen.begin <= column && column + kLanes <= seen.end) {
     return value;
   }
@@ -383,7 +385,7 @@ void weigh_backward(const Problem<T>& p, const Block& b, int64_t head, Scratch& 
 // --- a task --------------------------------------------------------------------------------------------------------
 template <typename T>
 void forward(const Problem<T>& p, const Tree& tree, int64_t head, Scratch& z) {
-  const int64_t wide = up_to(p.width, kLanes);
+  const int64_t wide = round_up(p.width, kLanes);
   pack(p, tree, head, false, z.key_terms, nullptr);
   pack(p, tree, head, true, nullptr, z.value_rows);
   for (const Path& path : tree.paths) {
@@ -400,7 +402,7 @@ void forward(const Problem<T>& p, const Tree& tree, int64_t head, Scratch& z) {
 
 template <typename T>
 void backward(const Problem<T>& p, const Tree& tree, int64_t head, Scratch& z) {
-  const int64_t wide = up_to(p.width, kLanes);
+  const int64_t wide = round_up(p.width, kLanes);
   pack(p, tree, head, false, z.key_terms, z.key_rows);
   pack(p, tree, head, true, z.value_terms, nullptr);
   std::fill(z.d_keys, z.d_keys + wide * tree.columns, 0.0f);

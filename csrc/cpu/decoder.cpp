@@ -1,5 +1,5 @@
-// What stands between the matrix products of a decoder layer, on a CPU: rms_norm, swiglu, rotate_heads and
-// masked_softmax with their gradients, each in one pass over its operands where plain torch takes three to eight.
+// What stands between the matrix products of a decoder layer, on a CPU: rms_norm, swiglu and rotate_heads with their
+// gradients, each in one pass over its operands where plain torch takes three to eight.
 //
 // The schemas, their torch form and the autograd formulas are collm_fast/ops/decoder.py; the loops are
 // decoder_kernel.h. The layer itself is collm_fast/models/decoder.py.
@@ -14,7 +14,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -44,11 +43,6 @@ struct Loops {
   void (*rotate)(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t);
   void (*rotate_backward)(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t);
 };
-
-template <typename T, typename O, typename A>
-using SoftmaxRow = void (*)(const T*, const float*, A, O*, A*, int64_t);
-template <typename G, typename T, typename O, typename A>
-using SoftmaxRowBackward = void (*)(const G*, const T*, A, O*, int64_t);
 
 #define COLLM_LOOPS "decoder_kernel.h"
 #include "each_isa.h"
@@ -305,95 +299,6 @@ Tensor rotate_heads_backward(const Tensor& grad, const Tensor& cos, const Tensor
   return dx;
 }
 
-// --- masked_softmax -----------------------------------------------------------------------------------------------
-// f(scores, weights, sum): all of one type, or float32 scores and bfloat16 weights.
-template <typename F>
-void dispatch_softmax(const char* op, ScalarType scores, ScalarType weights, const F& f) {
-  if (scores == weights) {
-    return dispatch(scores, [&](auto element, auto sum) { f(element, element, sum); });
-  }
-  COLLM_CHECK(scores == ScalarType::Float && weights == ScalarType::BFloat16, op,
-              "weights of the dtype of the scores, or bfloat16 ones of float32 scores, got ", name(weights), " and ",
-              name(scores));
-  f(float{}, BFloat16{}, float{});
-}
-
-Tensor masked_softmax(const Tensor& scores, std::optional<Tensor> mask, double scale, std::optional<ScalarType> type) {
-  constexpr const char* op = "masked_softmax";
-  COLLM_CHECK(scores.dim() >= 2, op, "scores of shape [..., Q, K], got ", shape(scores));
-  check_float(op, "scores", scores);
-  const int64_t keys = scores.size(-1), queries = scores.size(-2);
-  if (mask) {
-    COLLM_CHECK(mask->dim() == 2 && mask->size(0) == queries && mask->size(1) == keys, op, "mask of shape [", queries,
-                ", ", keys, "], got ", shape(*mask));
-    COLLM_CHECK(mask->scalar_type() == ScalarType::Float, op, "mask in float32, got ", dtype(*mask));
-  }
-  const ScalarType wanted = type.value_or(scores.scalar_type());
-  Tensor out;
-  dispatch_softmax(op, scores.scalar_type(), wanted, [&](auto element, auto weight, auto sum) {
-    using T = decltype(element);
-    using O = decltype(weight);
-    using A = decltype(sum);
-    const Tensor from = dense(scores), limits = mask ? dense(*mask) : Tensor();
-    out = torch::stable::new_empty(from, sizes_of(scores, scores.dim()), wanted);
-    const int64_t rows = keys == 0 ? 0 : scores.numel() / keys;
-    const SoftmaxRow<T, O, A> row = COLLM_CHOOSE(softmax_loop<T, O, A>);
-    const T* in = from.const_data_ptr<T>();
-    const float* limit = mask ? limits.const_data_ptr<float>() : nullptr;
-    O* to = out.mutable_data_ptr<O>();
-    for_rows(rows, keys, [&](int64_t first, int64_t last) {
-      // Whole lanes: the row is filled up with what has no weight.
-      std::vector<A> buffer(static_cast<size_t>((keys + kLanes - 1) / kLanes * kLanes));
-      for (int64_t r = first; r < last; ++r) {
-        row(in + r * keys, limit == nullptr ? nullptr : limit + r % queries * keys, static_cast<A>(scale),
-            to + r * keys, buffer.data(), keys);
-      }
-    });
-  });
-  return out;
-}
-
-template <typename G, typename T, typename O, typename A>
-void softmax_backward(const Tensor& grad, const Tensor& weights, double scale, const Tensor& out) {
-  const int64_t keys = weights.size(-1), rows = keys == 0 ? 0 : weights.numel() / keys;
-  const SoftmaxRowBackward<G, T, O, A> row = COLLM_CHOOSE(softmax_backward_loop<G, T, O, A>);
-  const Tensor from = dense(grad), p = dense(weights);
-  const G* g = from.const_data_ptr<G>();
-  const T* w = p.const_data_ptr<T>();
-  O* to = out.mutable_data_ptr<O>();
-  for_rows(rows, keys, [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      row(g + r * keys, w + r * keys, static_cast<A>(scale), to + r * keys, keys);
-    }
-  });
-}
-
-Tensor masked_softmax_backward(const Tensor& grad, const Tensor& weights, double scale,
-                               std::optional<ScalarType> type) {
-  constexpr const char* op = "masked_softmax_backward";
-  COLLM_CHECK(weights.dim() >= 2, op, "weights of shape [..., Q, K], got ", shape(weights));
-  check_float(op, "weights", weights);
-  check_shape(op, "grad", grad, "weights", weights);
-  const ScalarType from = grad.scalar_type(), kept = weights.scalar_type(), to = type.value_or(from);
-  const bool alike = from == kept && to == kept;
-  const bool mixed = kept == ScalarType::BFloat16 && ((from == ScalarType::Float && to == ScalarType::BFloat16) ||
-                                                      (from == ScalarType::BFloat16 && to == ScalarType::Float));
-  COLLM_CHECK(alike || mixed, op, "grad and result of the dtype of weights, or one of them float32 for bfloat16, got ",
-              name(from), " and ", name(to));
-  const Tensor out = torch::stable::new_empty(dense(weights), sizes_of(weights, weights.dim()), to);
-  if (alike) {
-    dispatch(kept, [&](auto element, auto sum) {
-      using T = decltype(element);
-      softmax_backward<T, T, T, decltype(sum)>(grad, weights, scale, out);
-    });
-  } else if (from == ScalarType::Float) {
-    softmax_backward<float, BFloat16, BFloat16, float>(grad, weights, scale, out);
-  } else {
-    softmax_backward<BFloat16, BFloat16, float, float>(grad, weights, scale, out);
-  }
-  return out;
-}
-
 }  // namespace
 }  // namespace collm::decoder
 
@@ -404,6 +309,4 @@ STABLE_TORCH_LIBRARY_IMPL(collm_fast, CPU, m) {
   m.impl("swiglu_backward", TORCH_BOX(&collm::decoder::swiglu_backward));
   m.impl("rotate_heads", TORCH_BOX(&collm::decoder::rotate_heads));
   m.impl("rotate_heads_backward", TORCH_BOX(&collm::decoder::rotate_heads_backward));
-  m.impl("masked_softmax", TORCH_BOX(&collm::decoder::masked_softmax));
-  m.impl("masked_softmax_backward", TORCH_BOX(&collm::decoder::masked_softmax_backward));
 }

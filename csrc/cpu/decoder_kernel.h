@@ -29,7 +29,7 @@ inline A rounded(A value) {
   return widen(stored);
 }
 
-// e^x within 2 ulp for x in [-87, 88]; 0 below, so that a masked score has no weight at all. A nan stays one.
+// e^x within 2 ulp for x in [-87, 88]; 0 below. A nan stays one.
 inline float exponential(float x) {
   const float capped = x > 88.0f ? 88.0f : x;
   const float shifted = capped * 1.44269504f + 12582912.0f;  // 1.5 2^23: the low bits are the rounded product
@@ -76,24 +76,6 @@ inline A sum_over(int64_t n, const F& term) {
     lanes[l] += term(i + l);
   }
   return sum_of(lanes);
-}
-
-// f(i) for all i < n, for some of them twice: the last whole lanes reach back, so that no loop is left over for the
-// rest. What f writes it must not read.
-template <typename F>
-inline void over_lanes(int64_t n, const F& f) {
-  if (n < kLanes) {
-    for (int64_t i = 0; i < n; ++i) {
-      f(i);
-    }
-    return;
-  }
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t first = i + kLanes <= n ? i : n - kLanes;
-    for (int l = 0; l < kLanes; ++l) {
-      f(first + l);
-    }
-  }
 }
 
 // --- y = w x r, r = (mean x^2 + eps)^-1/2 ------------------------------------------------------------------------
@@ -184,50 +166,6 @@ void rotate_token_backward(const T* grad, const T* cos, const T* sin, T* dx, int
   }
 }
 
-// --- softmax(scale s + mask) of one row; `buffer` holds a row, filled up to whole lanes -----------------------------
-template <typename T, typename O, typename A>
-void softmax_row(const T* __restrict scores, const float* __restrict mask, A scale, O* __restrict out,
-                 A* __restrict buffer, int64_t n) {
-  constexpr A kNone = -std::numeric_limits<A>::infinity();
-  const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;
-  if (mask == nullptr) {
-    over_lanes(n, [&](int64_t i) { buffer[i] = widen(scores[i]) * scale; });
-  } else {
-    over_lanes(n, [&](int64_t i) { buffer[i] = widen(scores[i]) * scale + static_cast<A>(mask[i]); });
-  }
-  for (int64_t i = n; i < whole; ++i) {
-    buffer[i] = kNone;
-  }
-  A lanes[kLanes];
-  for (int l = 0; l < kLanes; ++l) {
-    lanes[l] = kNone;
-  }
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      lanes[l] = buffer[i + l] > lanes[l] ? buffer[i + l] : lanes[l];
-    }
-  }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) {
-      lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
-    }
-  }
-  const A top = lanes[0];
-  for (int64_t j = 0; j < whole; ++j) {
-    buffer[j] = exponential(buffer[j] - top);
-  }
-  const A factor = A(1) / sum_over<A>(whole, [&](int64_t j) { return buffer[j]; });
-  over_lanes(n, [&](int64_t j) { narrow(buffer[j] * factor, out[j]); });
-}
-
-// ds = scale p (dp - sum p dp)
-template <typename G, typename T, typename O, typename A>
-void softmax_row_backward(const G* __restrict grad, const T* __restrict weights, A scale, O* __restrict d_scores,
-                          int64_t n) {
-  const A inner = sum_over<A>(n, [&](int64_t i) { return widen(grad[i]) * widen(weights[i]); });
-  over_lanes(n, [&](int64_t i) { narrow(widen(weights[i]) * (widen(grad[i]) - inner) * scale, d_scores[i]); });
-}
-
 template <typename X, typename T, typename A>
 NormLoops<X, T, A> norm_loops() {
   return {norm_row<X, T, A>, norm_row_backward<X, T, A>};
@@ -236,14 +174,4 @@ NormLoops<X, T, A> norm_loops() {
 template <typename T, typename A>
 Loops<T, A> loops() {
   return {swiglu_span<T, A>, swiglu_span_backward<T, A>, rotate_token<T, A>, rotate_token_backward<T, A>};
-}
-
-template <typename T, typename O, typename A>
-SoftmaxRow<T, O, A> softmax_loop() {
-  return softmax_row<T, O, A>;
-}
-
-template <typename G, typename T, typename O, typename A>
-SoftmaxRowBackward<G, T, O, A> softmax_backward_loop() {
-  return softmax_row_backward<G, T, O, A>;
 }

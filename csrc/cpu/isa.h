@@ -1,5 +1,5 @@
 // Which instruction set the vector code of this process uses: one choice for every family that compiles its loops
-// several times (propagate.cpp, inject.cpp, lora.cpp, decoder.cpp).
+// several times (propagate.cpp, inject.cpp, lora.cpp, decoder.cpp, attention.cpp).
 #pragma once
 
 #include <cstdlib>

@@ -1,8 +1,8 @@
 // Vectors of the small float types: loads that widen to float32, stores that round to nearest even.
 //
 // Included several times, each time inside another namespace and with another COLLM_LANE_BYTES and target attribute
-// (propagate_loops.h, inject_loops.h); so there is no include guard, and nothing here includes anything. BFloat16 and
-// Half are torch's. What is loaded and stored does not depend on the instruction set.
+// (propagate_loops.h, inject_loops.h, attention_vectors.h); so there is no include guard, and nothing here includes
+// anything. BFloat16 and Half are torch's. What is loaded and stored does not depend on the instruction set.
 
 template <typename A, int BYTES>
 struct VectorOf {

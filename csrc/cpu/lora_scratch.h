@@ -1,4 +1,5 @@
-// Working memory of lora_linear that a thread keeps between calls: fresh pages cost more than the passes over them.
+// Working memory of lora_linear and path_attention that a thread keeps between calls: fresh pages cost more than the
+// passes over them.
 #pragma once
 
 #include <algorithm>

@@ -29,10 +29,19 @@ def with_mapper(inputs: Any, llm: Any, tokens_per_id: int = 1) -> CoLLM:
     return hybrid(llm, make_mapper(inputs, tokens_per_id) if inputs else None, stats=stats)
 
 
+@pytest.fixture(params=["fused", pytest.param("paths", marks=requires("native"))])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes attention: "fused" leaves it to the two parts, prefix and branch."""
+    for module in (attention, branch_scorer):
+        monkeypatch.setattr(module, "kernel_of", lambda query: request.param)
+    return str(request.param)
+
+
 def distance(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("room", [1, 40, 10**6])
 @pytest.mark.parametrize("inputs", ["embedding", "+stats+pair", None])
 @pytest.mark.parametrize(
@@ -55,6 +64,7 @@ def test_logits_are_those_of_the_packed_forward(family: str, options: Any, input
     assert distance(found, score_prompts(model, prompts, tokens_per_batch=64, pairs=pairs)) < 1e-5
 
 
+@pytest.mark.usefixtures("kernel")
 def test_logits_are_those_of_every_prompt_alone() -> None:
     llm, mapper = small_model("qwen3"), make_mapper(tokens_per_id=2)
     model, prompts = hybrid(llm, mapper), random_prompts(4, tokens_per_id=2)
@@ -62,6 +72,7 @@ def test_logits_are_those_of_every_prompt_alone() -> None:
     assert distance(branch_logits(model, scorer(model), prompts, tokens_per_batch=50), alone) < 1e-5
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_come_in_any_order_and_groups_of_any_size(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -112,6 +123,7 @@ class Counted(BranchDecoder):
         return super().past(x, *args)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("room", [1, 7, 50, 10**6])
 def test_a_prefix_is_computed_once_and_a_forward_is_bounded(room: int) -> None:
     model = hybrid(small_model("llama"), make_mapper())
@@ -138,12 +150,10 @@ def test_prefixes_of_many_users_are_bounded_too() -> None:
     assert sum(counted.prefixes) == sum(once.prefixes)
 
 
-@pytest.mark.parametrize("kernel", ["fused", pytest.param("paths", marks=requires("native"))])
-def test_bfloat16_is_as_close_as_the_packed_forward(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("kernel")
+def test_bfloat16_is_as_close_as_the_packed_forward() -> None:
     prompts, _ = one_user(60)
     exact = score_prompts(hybrid(small_model("qwen3"), make_mapper()), prompts, tokens_per_batch=10**6)
-    for module in (attention, branch_scorer):
-        monkeypatch.setattr(module, "kernel_of", lambda query: kernel)
     model = hybrid(small_model("qwen3").to(torch.bfloat16), make_mapper())
     packed = distance(score_prompts(model, prompts, tokens_per_batch=10**6), exact)
     decoder = BranchDecoder(model.llm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from collm_fast.models import frozen
 from collm_fast.models import lora as models_lora
 from collm_fast.models.collm import CoLLM
 from collm_fast.models.decoder import Decoder, gradient_free
-from collm_fast.models.frozen import mlp_residual, norm
+from collm_fast.models.frozen import add_projected, mlp_residual, norm
 from collm_fast.models.lora import add_lora, lora_layers, set_dropout, set_step_seed
 from collm_fast.models.tree_plan import TreePlan
 
@@ -421,3 +422,41 @@ def test_a_hooked_mlp_is_called_itself(name: str) -> None:
     layer.mlp.get_submodule(name).register_forward_hook(lambda *args: called.append(True))
     torch.testing.assert_close(mlp_residual(layer, x), want, rtol=1e-6, atol=1e-6)
     assert called == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_projection_adds_to_x_itself_where_nobody_else_needs_it(dtype: torch.dtype) -> None:
+    """x is float32 beside a model in bfloat16."""
+    projection = torch.nn.Linear(6, 5, bias=False, dtype=dtype).requires_grad_(False)
+    x, attended = torch.randn(7, 5), torch.randn(7, 6).to(dtype)
+    expected, given = x + projection(attended), x.clone()
+    found = add_projected(given, projection, attended, into_x=True)
+    assert found.data_ptr() == given.data_ptr()
+    torch.testing.assert_close(found, expected)
+
+    hooked, biased = (copy.deepcopy(projection) for _ in range(2))
+    hooked.register_forward_hook(lambda module, args, out: None)
+    biased.bias = torch.nn.Parameter(torch.zeros(5, dtype=dtype), requires_grad=False)
+    trained = copy.deepcopy(projection).requires_grad_()
+    leaf = attended.clone().requires_grad_()
+    for module, value, into_x in (
+        (projection, attended, False),
+        (projection, leaf, True),
+        (hooked, attended, True),
+        (biased, attended, True),
+        (trained, attended, True),
+    ):
+        given = x.clone()
+        torch.testing.assert_close(add_projected(given, module, value, into_x=into_x), expected)
+        assert torch.equal(given, x)
+
+
+def test_embeddings_are_left_as_they_were() -> None:
+    llm = small_model("llama")
+    decoder, (tree, branch, position) = Decoder(llm), random_layout(np.random.default_rng(0), trees=2)
+    plan, x = TreePlan(tree.numpy(), branch.numpy(), per_branch=True), torch.randn(len(tree), H)
+    before, rotary = x.clone(), decoder.rotary(position, x)
+    with torch.no_grad():
+        decoder.answers(x, rotary, plan)
+        decoder.past(x, rotary, plan)
+    assert torch.equal(x, before)

@@ -129,10 +129,9 @@ def lora_group() -> Iterator[Case]:
 
 
 def path_attention() -> Iterator[Case]:
-    from test_attention import DTYPES as dtypes
     from test_attention import SHAPES, TREES, operands, tables
 
-    for dtype, shape, name in itertools.product(dtypes, SHAPES, TREES):
+    for dtype, shape, name in itertools.product(DTYPES, SHAPES, TREES):
         inputs, past, grad = operands(name, shape, dtype)
         given, plan = [*inputs, *(past or (None, None))], [*tables(name), 0.2, 9]
         sums = ops.path_attention(*given, *plan)[1]
@@ -169,12 +168,6 @@ def decoder() -> Iterator[Case]:
         yield f"rotate_heads {name}", [heads, cos, sin], ops.rotate_heads
         grad = torch.randn(3, 5, 2 * size).to(dtype)
         yield f"rotate_heads_backward {name}", [grad, cos, sin], ops.rotate_heads_backward
-        scores, mask = torch.randn(3, 5, size).to(dtype), torch.zeros(5, size)
-        weights = ops.masked_softmax(scores, mask, 0.3)
-        yield f"masked_softmax {name}", [scores, mask, 0.3], ops.masked_softmax
-        yield f"masked_softmax_backward {name}", [scores, weights, 0.3], ops.masked_softmax_backward
-        if dtype == torch.float32:
-            yield f"masked_softmax to bfloat16 {name}", [scores, None, 0.3, torch.bfloat16], ops.masked_softmax
 
 
 def propagate() -> Iterator[Case]:

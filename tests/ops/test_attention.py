@@ -105,52 +105,55 @@ def test_the_specification_is_a_softmax_along_each_path() -> None:
 
 
 @requires("native")
-def test_opcheck() -> None:
-    inputs, past, _ = operands("past", "tiny")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype: torch.dtype) -> None:
+    inputs, past, _ = operands("past", "tiny", dtype)
     leaves = [x.requires_grad_() for x in inputs]
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.path_attention.default, (*leaves, *past, *tables("past"), 0.2, 9), test_utils=utilities)
 
 
 @requires("native")
-def test_strides_empty_packs_and_large_scores() -> None:
-    inputs, past, grad = operands("branches", "smollm2")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_empty_packs_and_large_scores(dtype: torch.dtype) -> None:
+    inputs, past, grad = operands("branches", "smollm2", dtype)
     strided = [torch.stack((x, x), dim=-1)[..., 1] for x in inputs]
     dense = run(path_attention, "branches", inputs, past, grad)
     for a, b in zip(run(path_attention, "branches", strided, past, grad), dense, strict=True):
         assert torch.equal(a, b)
     none = torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    empty = [torch.empty(h, 0, 8, dtype=torch.bfloat16) for h in (4, 2, 2)]
+    empty = [torch.empty(h, 0, 8, dtype=dtype) for h in (4, 2, 2)]
     assert path_attention(*empty, *none, scale=1.0).shape == (0, 4, 8)
     large = [inputs[0] * 300, inputs[1] * 300, inputs[2]]
     out = path_attention(*large, *tables("branches"), scale=1.0)
     truth = reference.path_attention(*(x.double() for x in large), *tables("branches"), scale=1.0)
-    assert error(out, truth) <= 4e-3
+    # With scores of 10^5 the exponents alone lose digits.
+    theirs = reference.path_attention(*large, *tables("branches"), scale=1.0)
+    assert error(out, truth) <= max(torch.finfo(dtype).eps / 2, 2 * error(theirs, truth))
     large[1][0, 3, 1] = float("nan")
     assert path_attention(*large, *tables("branches"), scale=1.0)[3:150, :3].isnan().all()
 
 
 _BITS = """
-import hashlib, sys, torch
+import hashlib, itertools, sys, torch
 sys.path[:0] = ['tests', 'tests/ops']
-from test_attention import DTYPES, TREES, error, operands, path_attention, reference, run
+from test_attention import DTYPES, SHAPES, TREES, error, operands, path_attention, reference, run
 torch.set_num_threads({threads})
 digest, worst = hashlib.sha256(), 0.0
-for dtype in DTYPES:
-    for name in TREES:
-        inputs, past, grad = operands(name, 'smollm2', dtype)
-        exact = [[x.double() for x in given] for given in (inputs, past)]
-        truth = run(reference.path_attention, name, *exact, grad.double(), window=33)
-        for tensor, right in zip(run(path_attention, name, inputs, past, grad, window=33), truth, strict=True):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-            if right.norm() > 1e-9 * grad.double().norm():
-                worst = max(worst, error(tensor, right) / (1e-6 if dtype == torch.float32 else 8e-3))
+for dtype, shape, name, window in itertools.product(DTYPES, SHAPES, TREES, (None, 33)):
+    inputs, past, grad = operands(name, shape, dtype)
+    exact = [[x.double() for x in given] for given in (inputs, past)]
+    truth = run(reference.path_attention, name, *exact, grad.double(), window=window)
+    for tensor, right in zip(run(path_attention, name, inputs, past, grad, window=window), truth, strict=True):
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        if right.norm() > 1e-9 * grad.double().norm():
+            worst = max(worst, error(tensor, right) / (1e-6 if dtype == torch.float32 else 8e-3))
 print(digest.hexdigest(), worst <= 1)
 """
 
 
 @requires("native")
-@pytest.mark.parametrize("simd", ["", "avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("simd", [pytest.param("", marks=requires("tiles"), id="tiles"), "avx512", "avx2", "baseline"])
 def test_every_instruction_set_is_exact_and_its_bits_do_not_depend_on_threads(simd: str) -> None:
     def found(threads: int) -> list[str]:
         command = [sys.executable, "-c", _BITS.format(threads=threads)]

@@ -1,4 +1,4 @@
-"""rms_norm, swiglu, rotate_heads, masked_softmax: against float64, their gradients, bits, and the sentences."""
+"""rms_norm, swiglu, rotate_heads: against float64, their gradients, bits, and the sentences."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from conftest import requires
 from torch import Tensor
 
 from collm_fast import _native, reference
-from collm_fast.ops.decoder import masked_softmax, rms_norm, rotate_heads, swiglu
+from collm_fast.ops.decoder import rms_norm, rotate_heads, swiglu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NAMES = ("rms_norm", "swiglu", "rotate_heads", "masked_softmax")
+NAMES = ("rms_norm", "swiglu", "rotate_heads")
 ops = torch.ops.collm_fast
 
 
@@ -24,7 +24,7 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def arguments(name: str, size: int = 37) -> tuple[Tensor | float | None, ...]:
+def arguments(name: str, size: int = 37) -> tuple[Tensor | float, ...]:
     """Operands in float64: an odd size, one token that is far larger than the others."""
     x = rows(5, size)
     x[2] *= 300
@@ -32,22 +32,16 @@ def arguments(name: str, size: int = 37) -> tuple[Tensor | float | None, ...]:
         return x, rows(size, seed=1), 1e-5
     if name == "swiglu":
         return x, rows(5, size, seed=1)
-    if name == "rotate_heads":
-        return rows(5, 3 * 2 * size), rows(5, 2 * size, seed=1), rows(5, 2 * size, seed=2)
-    mask = torch.zeros(5, size).masked_fill(rows(5, size, seed=3) > 0.5, float("-inf"))
-    mask[:, 0] = 0
-    return rows(2, 3, 5, size), mask, 0.3
+    return rows(5, 3 * 2 * size), rows(5, 2 * size, seed=1), rows(5, 2 * size, seed=2)
 
 
 def call(name: str, *args: object) -> Tensor:
-    return {"rms_norm": rms_norm, "swiglu": swiglu, "rotate_heads": rotate_heads, "masked_softmax": masked_softmax}[
-        name
-    ](*args)  # type: ignore[operator]
+    return {"rms_norm": rms_norm, "swiglu": swiglu, "rotate_heads": rotate_heads}[name](*args)  # type: ignore[operator]
 
 
 def cast(args: tuple[object, ...], dtype: torch.dtype) -> list[object]:
-    """Every float64 operand in `dtype`; the mask is float32 in each."""
-    return [a.to(dtype) if isinstance(a, Tensor) and a.dtype == torch.float64 else a for a in args]
+    """Every operand in `dtype`."""
+    return [a.to(dtype) if isinstance(a, Tensor) else a for a in args]
 
 
 def gradients(function: object, args: list[object], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -122,24 +116,6 @@ def test_a_norm_of_float32_in_half_precision(dtype: torch.dtype, size: int, devi
     torch.library.opcheck(ops.rms_norm.default, (x.requires_grad_(), low, eps))
 
 
-def test_float32_scores_become_bfloat16_weights() -> None:
-    scores, mask, scale = cast(arguments("masked_softmax"), torch.float32)
-    assert isinstance(scores, Tensor) and isinstance(mask, Tensor)
-    mask, leaf = mask.float(), scores.clone().requires_grad_()
-    weights = masked_softmax(leaf, mask, 0.3, torch.bfloat16)
-    assert weights.dtype == torch.bfloat16
-    assert torch.equal(weights, masked_softmax(scores, mask, 0.3).bfloat16())
-    grad = rows(*weights.shape, seed=4).bfloat16()
-    weights.backward(grad)
-    assert leaf.grad is not None and leaf.grad.dtype == torch.float32
-    kept = weights.detach().double()
-    truth = 0.3 * kept * (grad.double() - (grad.double() * kept).sum(-1, keepdim=True))
-    assert error(leaf.grad, truth) <= 1e-6
-    rounded = ops.masked_softmax_backward(grad.float(), weights.detach(), 0.3, torch.bfloat16)
-    assert rounded.dtype == torch.bfloat16 and error(rounded, truth) <= 4e-3
-    torch.library.opcheck(ops.masked_softmax.default, (leaf, mask, 0.3, torch.bfloat16))
-
-
 def test_the_residual_is_added_in_the_same_pass() -> None:
     x, weight, eps = arguments("rms_norm")
     assert isinstance(x, Tensor) and isinstance(weight, Tensor)
@@ -166,7 +142,6 @@ def test_strided_and_empty_operands(name: str) -> None:
         "rms_norm": (torch.empty(0, 8), torch.ones(8), 1e-5),
         "swiglu": (torch.empty(0, 8), torch.empty(0, 8)),
         "rotate_heads": (torch.empty(0, 16), torch.empty(0, 8), torch.empty(0, 8)),
-        "masked_softmax": (torch.empty(2, 0, 4), torch.empty(0, 4), 1.0),
     }[name]
     assert call(name, *empty).numel() == 0
 
@@ -175,10 +150,6 @@ def test_extreme_values() -> None:
     gate = torch.tensor([-1e4, -200.0, -88.0, -87.0, 0.0, 88.0, 200.0, 1e4])
     torch.testing.assert_close(swiglu(gate, torch.ones(8)), torch.nn.functional.silu(gate), rtol=1e-6, atol=1e-30)
     assert swiglu(torch.tensor([float("nan")]), torch.ones(1)).isnan().all()
-    scores = torch.tensor([[3e4, -3e4, 0.0]])
-    mask = torch.tensor([[0.0, 0.0, float("-inf")]])
-    assert masked_softmax(scores, mask, 1.0).tolist() == [[1.0, 0.0, 0.0]]
-    assert masked_softmax(torch.tensor([[float("nan"), 0.0]]), None, 1.0).isnan().all()
     huge = torch.tensor([[float("inf"), float("nan"), -float("inf"), 3.3e38]]).bfloat16()
     out = swiglu(torch.full_like(huge, 1.0), huge)
     assert torch.equal(out.isnan(), huge.isnan()) and torch.equal(out.isinf(), huge.isinf())
@@ -225,12 +196,6 @@ def test_bits_depend_on_neither_instruction_set_nor_threads() -> None:
         ("rotate_heads", (torch.ones(2, 6), torch.ones(2, 3), torch.ones(2, 3)), "with d even, got [2, 3]"),
         ("rotate_heads", (torch.ones(2, 6), torch.ones(2, 4), torch.ones(2, 4)), "a multiple of 4 columns, got 6"),
         ("rotate_heads", (torch.ones(3, 8), torch.ones(2, 4), torch.ones(2, 4)), "cos of shape [3, d]"),
-        ("masked_softmax", (torch.ones(2, 3), torch.zeros(3, 3), 1.0), "expected mask of shape [2, 3], got [3, 3]"),
-        (
-            "masked_softmax",
-            (torch.ones(2, 3), torch.zeros(2, 3).double(), 1.0),
-            "expected mask in float32, got float64",
-        ),
     ],
 )
 def test_bad_arguments_are_a_sentence(name: str, args: tuple[object, ...], sentence: str) -> None:
