@@ -305,6 +305,14 @@ COLLM_INLINE Lanes where_seen(Seen seen, int64_t column, Lanes value, Lanes othe
   return inside ? value : other;
 }
 
+// What lanes of scores weigh, 2^(factor score - shift), and 0 where a row does not see the key.
+COLLM_INLINE Lanes weights_of(Seen seen, int64_t column, Lanes scores, float factor, float shift) {
+  if (column + kLanes <= seen.begin || column >= seen.end) {
+    return Lanes{};
+  }
+  return where_seen(seen, column, power(scores * factor - shift), Lanes{});
+}
+
 // Scores become weights, not yet divided by their sum.
 template <typename T>
 void weigh(const Problem<T>& p, const Block& b, int64_t head, Scratch& z) {
@@ -331,11 +339,8 @@ void weigh(const Problem<T>& p, const Block& b, int64_t head, Scratch& z) {
     for (size_t s = 0; s < runs; ++s) {
       float* to = x + b.at[s];
       for (int64_t j = 0; j < b.counted[s]; j += kLanes) {
-        Lanes v{};
-        if (j + kLanes > seen[s].begin && j < seen[s].end) {
-          v = where_seen(seen[s], j, power(load_lanes(to + j) * factor - most), Lanes{});
-          sum += v;
-        }
+        const Lanes v = weights_of(seen[s], j, load_lanes(to + j), factor, most);
+        sum += v;
         store_lanes(v, to + j);
       }
     }
@@ -363,11 +368,8 @@ void weigh_backward(const Problem<T>& p, const Block& b, int64_t head, Scratch& 
       }
       for (int64_t j = 0; j < b.counted[s]; j += kLanes) {
         float* at = x + b.at[s] + j;
-        Lanes v{};
-        if (j + kLanes > seen[s].begin && j < seen[s].end) {
-          v = where_seen(seen[s], j, power(load_lanes(at) * factor - shift), Lanes{});
-          sum += where_seen(seen[s], j, v * load_lanes(dp + b.at[s] + j), Lanes{});
-        }
+        const Lanes v = weights_of(seen[s], j, load_lanes(at), factor, shift);
+        sum += where_seen(seen[s], j, v * load_lanes(dp + b.at[s] + j), Lanes{});
         store_lanes(v, at);
       }
     }

@@ -127,9 +127,10 @@ def test_strides_empty_packs_and_large_scores(dtype: torch.dtype) -> None:
     large = [inputs[0] * 300, inputs[1] * 300, inputs[2]]
     out = path_attention(*large, *tables("branches"), scale=1.0)
     truth = reference.path_attention(*(x.double() for x in large), *tables("branches"), scale=1.0)
-    # With scores of 10^5 the exponents alone lose digits.
+    # With scores of 10^5 the exponents alone lose digits of float32.
     theirs = reference.path_attention(*large, *tables("branches"), scale=1.0)
-    assert error(out, truth) <= max(torch.finfo(dtype).eps / 2, 2 * error(theirs, truth))
+    limit = 4e-3 if dtype == torch.bfloat16 else max(torch.finfo(dtype).eps / 2, 2 * error(theirs, truth))
+    assert error(out, truth) <= limit
     large[1][0, 3, 1] = float("nan")
     assert path_attention(*large, *tables("branches"), scale=1.0)[3:150, :3].isnan().all()
 
