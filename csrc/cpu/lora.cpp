@@ -222,18 +222,22 @@ int64_t partial_sums(int64_t M, int64_t bytes_each) {
   return std::max<int64_t>(1, std::min(wanted, (int64_t{64} << 20) / std::max<int64_t>(bytes_each, 1)));
 }
 
+using Place = int64_t (*)(int64_t);
+
 // out [R, C] = scale times the sums of all parts, added in order. Element (i, j) of a part is the sum of `pieces`
-// numbers, `piece` apart, from i * row_step + j * column_step on; one of the steps is 1.
+// numbers, `piece` apart, from i * row_step + j * column_step on; one of the steps is 1, and what lies side by side may
+// have places of its own.
 template <typename W>
 struct Partial {
   const W* data;
   int64_t parts, size, row_step, column_step, pieces, piece;
+  Place place;  // null: where it belongs
   W scale;
 
   // Sixty-four elements that lie side by side in a part at a time.
   template <typename T>
   void reduce_into(const Tensor& out) const {
-    constexpr int64_t kBeside = 64;
+    constexpr int64_t kBeside = 64, kWhole = 32;  // places stay within so many
     const bool down = row_step == 1;
     const int64_t R = out.size(0), C = out.size(1), lanes = down ? R : C, others = down ? C : R;
     T* to = static_cast<T*>(out.data_ptr());
@@ -241,20 +245,23 @@ struct Partial {
     torch::stable::parallel_for(0, (lanes + kBeside - 1) / kBeside, grain, [&](int64_t begin, int64_t end) {
       for (int64_t o = 0; o < others; ++o) {
         for (int64_t l0 = begin * kBeside; l0 < std::min(end * kBeside, lanes); l0 += kBeside) {
-          const int64_t n = std::min(kBeside, lanes - l0);
-          std::array<W, kBeside> sums{};
+          const int64_t n = std::min(kBeside, lanes - l0), held = place == nullptr ? n : round_up(n, kWhole);
+          std::array<W, kBeside> sums{}, whole;
           for (int64_t p = 0; p < parts; ++p) {
             const W* from = data + p * size + o * (down ? column_step : row_step) + l0;
-            for (int64_t l = 0; l < n; ++l) {
-              W whole = from[l];
-              for (int64_t i = 1; i < pieces; ++i) {
-                whole += from[l + i * piece];
+            std::copy_n(from, held, whole.data());
+            for (int64_t i = 1; i < pieces; ++i) {
+              for (int64_t l = 0; l < held; ++l) {
+                whole[l] += from[l + i * piece];
               }
-              sums[l] += whole;
+            }
+            for (int64_t l = 0; l < held; ++l) {
+              sums[l] += whole[l];
             }
           }
           for (int64_t l = 0; l < n; ++l) {
-            to[down ? (l0 + l) * C + o : o * C + l0 + l] = static_cast<T>(scale * sums[l]);
+            const int64_t at = place == nullptr ? l : place(l);
+            to[down ? (l0 + l) * C + o : o * C + l0 + l] = static_cast<T>(scale * sums[at]);
           }
         }
       }
@@ -278,6 +285,7 @@ class Sums {
       if constexpr (has_own<T>) {
         rows = own ? Own<T>::rank_rows(f.r) : rows;
         pieces_ = own ? Own<T>::kPieces : 1;
+        place_ = own ? Own<T>::kPlace : nullptr;
       }
       f.parts = {M, 1, group[n].x ? rows * f.a.stride : 0, group[n].s ? rows * f.b.stride : 0};
       bytes += (f.parts.size_A + f.parts.size_B) * static_cast<int64_t>(sizeof(W));
@@ -292,11 +300,11 @@ class Sums {
   void reduce(const Backward<T>& f, const Gradient& g) const {
     const Parts<W>& p = f.parts;
     if (g.x) {
-      const Partial<W> sums{p.data_A, p.count, p.size_A, f.a.stride, 1, pieces_, f.r * f.a.stride, W(1)};
+      const Partial<W> sums{p.data_A, p.count, p.size_A, f.a.stride, 1, pieces_, f.r * f.a.stride, place_, W(1)};
       COLLM_DISPATCH(g.dA.scalar_type(), sums.template reduce_into<scalar_t>(g.dA));
     }
     if (g.s) {
-      const Partial<W> sums{p.data_B, p.count, p.size_B, 1, f.b.stride, pieces_, f.r * f.b.stride, f.scaling};
+      const Partial<W> sums{p.data_B, p.count, p.size_B, 1, f.b.stride, pieces_, f.r * f.b.stride, place_, f.scaling};
       COLLM_DISPATCH(g.dB.scalar_type(), sums.template reduce_into<scalar_t>(g.dB));
     }
   }
@@ -307,6 +315,7 @@ class Sums {
     return buffers_.back().data();
   }
   int64_t pieces_ = 1;
+  Place place_ = nullptr;
   std::vector<Buffer<W>> buffers_;
 };
 

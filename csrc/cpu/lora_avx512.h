@@ -1,20 +1,12 @@
-// The passes of lora_rows.h by hand for AVX-512: Philox in 64-bit lanes, the mask as bits that zero what a load
-// brings, sums in registers over eight ranks. Also the parts that lora_tiles.h builds on.
+// The passes of lora_rows.h by hand for AVX-512: the mask as bits that zero what a load brings (lora_masks.h), sums in
+// registers over eight ranks. Also the parts that lora_tiles.h builds on.
 //
 // A pass costs about half a percent of the frozen product at K = N = 576 in float32, the mask two percent.
 #pragma once
 
-#include "lora_rows.h"
+#include "lora_masks.h"
 
 #if defined(COLLM_X86)
-
-// GCC 12 warns of the undefined operand that its own intrinsics pass on (bug 105593).
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
-#define COLLM_AVX512_INLINE COLLM_AVX512 COLLM_INLINE
 
 namespace collm::lora::avx512 {
 
@@ -49,114 +41,6 @@ COLLM_AVX512_INLINE void store16(T* p, __mmask16 keep, __m512 v) {
     _mm512_mask_cvtepi32_storeu_epi16(p, keep, rounded);
   } else {
     _mm256_mask_storeu_epi16(p, keep, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
-}
-
-// The first n of 16 columns; n may be negative or above 16.
-COLLM_AVX512_INLINE __mmask16 first(int64_t n) {
-  return static_cast<__mmask16>(n >= 16 ? 0xFFFFu : n <= 0 ? 0u : (1u << n) - 1u);
-}
-
-// Bits of columns that exist, for n columns from a multiple of 64 on: what no mask drops.
-COLLM_AVX512_INLINE void keep_all(int64_t n, uint16_t* keep) {
-  for (int64_t w = 0; w < round_up(n, 64) / 16; ++w) {
-    keep[w] = first(n - 16 * w);
-  }
-}
-
-// c = one round of Philox of four counters whose words lie in the low halves of 64-bit lanes: a product needs no
-// shuffle there, and what a shift or an exclusive or leaves in the high halves the next product does not read.
-COLLM_AVX512_INLINE void philox_round(__m512i (&c)[4], uint32_t k0, uint32_t k1) {
-  const __m512i p0 = _mm512_mul_epu32(c[0], _mm512_set1_epi64(0xD2511F53u));
-  const __m512i p1 = _mm512_mul_epu32(c[2], _mm512_set1_epi64(0xCD9E8D57u));
-  c[0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c[1], _mm512_set1_epi64(k0), 0x96);
-  c[2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c[3], _mm512_set1_epi64(k1), 0x96);
-  c[1] = p1;
-  c[3] = p0;
-}
-
-// The 64 bits of eight blocks' halves, compared; the blocks' lanes are in the order that `draw_keep` gives them.
-COLLM_AVX512_INLINE uint64_t compare(const __m512i (&c)[4], __m512i threshold) {
-  const __m512i low = _mm512_mask_shuffle_epi32(c[0], 0xAAAA, c[1], _MM_PERM_CCAA);
-  const __m512i high = _mm512_mask_shuffle_epi32(c[2], 0xAAAA, c[3], _MM_PERM_CCAA);
-  const uint64_t left = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(low, high), threshold);
-  const uint64_t right = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(low, high), threshold);
-  return left | right << 32;
-}
-
-// Bit k - k0 of keep[i] says whether element (row + i, k) is kept, for n columns from k0 (a multiple of 64) on. Whole
-// groups of kGroup rows and of 64 columns are written; bits of columns that do not exist are 0.
-constexpr int64_t kGroup = 4;  // chains in flight: Philox is ten dependent rounds
-
-// Meanwhile the rows of `ahead`, which the mask or the next pass is for, are asked for: drawing leaves memory idle.
-template <typename T>
-struct Ahead {
-  const T* data;  // null: nothing
-  int64_t stride;
-};
-
-template <typename T>
-COLLM_AVX512_INLINE void draw_keep(const Dropout& d, uint64_t row, int64_t rows, int64_t k0, int64_t n, uint16_t* keep,
-                                   int64_t stride, Ahead<T> ahead) {
-  if (d.threshold == 0) {
-    for (int64_t i = 0; i < rows; ++i) {
-      keep_all(n, keep + i * stride);
-    }
-    return;
-  }
-  uint32_t key0[10], key1[10];
-  for (uint32_t round = 0; round < 10; ++round) {
-    key0[round] = static_cast<uint32_t>(d.seed) + round * 0x9E3779B9u;
-    key1[round] = static_cast<uint32_t>(d.seed >> 32) + round * 0xBB67AE85u;
-  }
-  const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(d.threshold));
-  const __m512i lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t i = 0; i < rows; i += kGroup) {
-    // What the first round makes of a row, and the second of that, does not depend on the column.
-    uint32_t second0[kGroup], second2[kGroup], second3[kGroup];
-    for (int64_t g = 0; g < kGroup; ++g) {
-      const uint64_t m = row + static_cast<uint64_t>(i + g);
-      const uint64_t p1 = (m >> 32) * 0xCD9E8D57u;
-      const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ static_cast<uint32_t>(m) ^ key0[0];
-      const uint64_t p0 = uint64_t{c0} * 0xD2511F53u;
-      second0[g] = static_cast<uint32_t>(p1) ^ key0[1];
-      second2[g] = static_cast<uint32_t>(p0 >> 32) ^ key1[1];
-      second3[g] = static_cast<uint32_t>(p0);
-    }
-    for (int64_t k = 0; k < n; k += 64) {
-      const __m512i block = _mm512_add_epi64(_mm512_set1_epi64((k0 + k) / 8), lanes);
-      const __m512i p0 = _mm512_mul_epu32(block, _mm512_set1_epi64(0xD2511F53u));
-      const __m512i c2 = _mm512_xor_si512(_mm512_srli_epi64(p0, 32), _mm512_set1_epi64(d.stream ^ key1[0]));
-      const __m512i p1 = _mm512_mul_epu32(c2, _mm512_set1_epi64(0xCD9E8D57u));
-      __m512i c[kGroup][4];
-#pragma GCC unroll 4
-      for (int64_t g = 0; g < kGroup; ++g) {
-        if (ahead.data != nullptr) {
-          const char* line = reinterpret_cast<const char*>(ahead.data + (i + g) * ahead.stride + k);
-#pragma GCC unroll 4
-          for (size_t b = 0; b < 64 * sizeof(T); b += 64) {
-            _mm_prefetch(line + b, _MM_HINT_T0);
-          }
-        }
-        c[g][0] = _mm512_xor_si512(_mm512_srli_epi64(p1, 32), _mm512_set1_epi64(second0[g]));
-        c[g][1] = p1;
-        c[g][2] = _mm512_xor_si512(p0, _mm512_set1_epi64(second2[g]));
-        c[g][3] = _mm512_set1_epi64(second3[g]);
-      }
-#pragma GCC unroll 8
-      for (int round = 2; round < 10; ++round) {
-#pragma GCC unroll 4
-        for (int64_t g = 0; g < kGroup; ++g) {
-          philox_round(c[g], key0[round], key1[round]);
-        }
-      }
-      const uint64_t exists = n - k >= 64 ? ~uint64_t{0} : (uint64_t{1} << (n - k)) - 1;
-#pragma GCC unroll 4
-      for (int64_t g = 0; g < kGroup; ++g) {
-        const uint64_t bits = compare(c[g], threshold) & exists;
-        std::memcpy(keep + (i + g) * stride + k / 16, &bits, sizeof(bits));
-      }
-    }
   }
 }
 
@@ -330,7 +214,8 @@ COLLM_AVX512_INLINE void project_x(const Forward<T>& f, int64_t m, int64_t rows,
   std::fill_n(s, kRows * rp, 0.0f);
   for (int64_t k = 0; k < f.K; k += kColumns) {
     const int64_t n = std::min(kColumns, f.K - k);
-    draw_keep<T>(f.dropout, static_cast<uint64_t>(m), rows, k, n, keep, kWords, {f.x + m * f.x_stride + k, f.x_stride});
+    const Ahead ahead = Ahead::of(f.x + m * f.x_stride + k, f.x_stride);
+    draw_keep(f.dropout, static_cast<uint64_t>(m), rows, k, n, keep, kWords, ahead);
     project(f.x + m * f.x_stride + k, f.x_stride, rows, keep, kWords, n, {f.a.data + k, f.a.stride}, rp, s);
   }
   const float scale = static_cast<float>(f.dropout.scale);
@@ -392,16 +277,13 @@ COLLM_AVX512_INLINE void project_grad(const Backward<T>& f, int64_t m, int64_t r
   }
 }
 
-// Words of a mask's row.
-COLLM_INLINE int64_t keep_stride(int64_t columns) { return round_up(columns, 64) / 16; }
-
 // The mask of kRows rows from m on, all columns, into `keep`; dA += ds^T dropout(x), without the scale.
 template <typename T>
 COLLM_AVX512_INLINE void mask_x(const Backward<T>& f, int64_t m, int64_t rows, const float* ds, uint16_t* keep,
                                 float* dA) {
   const int64_t stride = keep_stride(f.K);
   const T* x = f.x == nullptr ? nullptr : f.x + m * f.x_stride;
-  draw_keep<T>(f.dropout, static_cast<uint64_t>(m), rows, 0, f.K, keep, stride, {x, f.x_stride});
+  draw_keep(f.dropout, static_cast<uint64_t>(m), rows, 0, f.K, keep, stride, Ahead::of(x, f.x_stride));
   for (int64_t k = 0; k < f.K && f.x != nullptr; k += kColumns) {
     const int64_t n = std::min(kColumns, f.K - k);
     outer(ds, padded(f.r), f.x + m * f.x_stride + k, f.x_stride, rows, keep + k / 16, stride, n, dA + k, f.a.stride);
@@ -418,10 +300,10 @@ COLLM_AVX512_INLINE void backward_rows(const Backward<T>& f, int64_t begin, int6
     project_grad(f, m, rows, ds, dB);
     for (int64_t k = 0; k < f.K && f.wants_ds(); k += kColumns) {
       const int64_t n = std::min(kColumns, f.K - k);
-      draw_keep<T>(f.dropout, static_cast<uint64_t>(m), rows, k, n, keep, kWords,
-                   {f.x == nullptr ? nullptr : f.x + m * f.x_stride + k, f.x_stride});
-      if (f.x != nullptr) {
-        outer(ds, rp, f.x + m * f.x_stride + k, f.x_stride, rows, keep, kWords, n, dA + k, f.a.stride);
+      const T* x = f.x == nullptr ? nullptr : f.x + m * f.x_stride + k;
+      draw_keep(f.dropout, static_cast<uint64_t>(m), rows, k, n, keep, kWords, Ahead::of(x, f.x_stride));
+      if (x != nullptr) {
+        outer(ds, rp, x, f.x_stride, rows, keep, kWords, n, dA + k, f.a.stride);
       }
       if (f.dx != nullptr) {
         T* dx = f.dx + m * f.K + k;

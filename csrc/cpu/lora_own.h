@@ -1,8 +1,8 @@
 // The products of our own behind one face, as csrc/cpu/lora.cpp calls them: whether they serve, packing, both
 // directions.
 //
-// lora_product.h is the one in float32, lora_tiles.h and lora_tile_passes.h the one in bfloat16. Where neither serves,
-// the product is the vendor's.
+// lora_product.h is the one in float32, lora_tile_product.h with lora_tile_passes.h the one in bfloat16. Where neither
+// serves, the product is the vendor's.
 #pragma once
 
 #include "lora_product.h"
@@ -82,6 +82,7 @@ struct Own<float> {
   static constexpr int64_t kFewRows = 256;
   static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && product::Right::serves(terms); }
   static constexpr int64_t kPieces = 1;
+  static constexpr auto kPlace = nullptr;
   static int64_t rank_rows(int64_t r) { return padded(r); }
 
   static void forward(const Forward<float>& f, const Frozen& weight, int64_t M) {
@@ -118,6 +119,7 @@ struct Own<torch::headeronly::BFloat16> {
   static constexpr int64_t kFewRows = 32;
   static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && tiles::Right::serves(terms); }
   static constexpr int64_t kPieces = tiles::kPieces;
+  static constexpr auto kPlace = &tiles::interleaved;
   static int64_t rank_rows(int64_t r) { return tiles::RankRight{0, r}.width(); }
 
   // A, or B^T, packed.
@@ -165,7 +167,7 @@ struct Own<torch::headeronly::BFloat16> {
       works.emplace_back(packed.places()[n], ranks[n].right, group[n].K);
       scratch += works[n].scratch();
     }
-    const int64_t masked = 2 * static_cast<int64_t>(group.size()) * 1024;
+    const int64_t masked = static_cast<int64_t>(group.size()) * 1024;
     torch::stable::parallel_for(0, group.front().parts.count, 1, [&](int64_t begin, int64_t end) {
       const Buffer<uint16_t> memory(scratch);
       const Buffer<float> sums(masked);

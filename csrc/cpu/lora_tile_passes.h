@@ -1,9 +1,9 @@
 // The passes of lora_linear in bfloat16 on AMX tiles: what is read of x and dy, once, to feed the product of
-// lora_tiles.h. x A^T, dy B, ds^T x and s^T dy are products of tiles too: a float32 factor goes in as three bfloat16
-// numbers, which lose nothing, because what comes out is exact to float32.
+// lora_tile_product.h. x A^T, dy B, ds^T x and s^T dy are products of tiles too: a float32 factor goes in as three
+// bfloat16 numbers, which lose nothing, because what comes out is exact to float32.
 #pragma once
 
-#include "lora_tiles.h"
+#include "lora_tile_product.h"
 
 #include <vector>
 
@@ -73,10 +73,11 @@ COLLM_TILES_INLINE void project_tiles(const Find& left, const uint16_t* right, i
   }
 }
 
-// out [kRows][rp] = scale times kRows rows of a left factor by the rank's factor; pieces has room for kRows * width.
-template <typename Find>
-COLLM_TILES_INLINE void project(const Find& left, const RankRight& right, float scale, int64_t rp, float* pieces,
-                                float* out) {
+// take(i, j, v) gets sixteen ranks from j on of row i of scale times kRows rows of a left factor by the rank's factor,
+// zero past the rank; pieces has room for kRows * width.
+template <typename Find, typename Take>
+COLLM_TILES_INLINE void project(const Find& left, const RankRight& right, float scale, float* pieces,
+                                const Take& take) {
   const int64_t width = right.width(), r = right.r, tiles = right.tiles();
   settle();
   int64_t t = 0;
@@ -89,13 +90,13 @@ COLLM_TILES_INLINE void project(const Find& left, const RankRight& right, float 
   settle();
   const __m512 by = _mm512_set1_ps(scale);
   for (int64_t i = 0; i < kRows; ++i) {
-    for (int64_t j = 0; j < rp; j += 16) {
+    for (int64_t j = 0; j < r; j += 16) {
       const float* from = pieces + i * width + j;
       const __mmask16 exist = first(r - j);
       const __m512 low =
           _mm512_add_ps(_mm512_maskz_loadu_ps(exist, from + r), _mm512_maskz_loadu_ps(exist, from + 2 * r));
       const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(exist, from), low);
-      _mm512_mask_storeu_ps(out + i * rp + j, first(rp - j), _mm512_mul_ps(by, sum));
+      take(i, j, _mm512_mul_ps(by, sum));
     }
   }
 }
@@ -132,21 +133,42 @@ COLLM_TILES_INLINE void pack_rank_left(const float* s, int64_t rows, int64_t r, 
   }
 }
 
-// 32 columns of kRows rows as two tiles of a right factor whose terms are the rows; row(i) gives those of a row.
-template <typename Row>
-COLLM_TILES_INLINE void pair_rows(const Row& row, uint16_t* out) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+// kRows rows whose columns are summed over: sixteen from each of two places on.
+struct Summed {
+  const uint16_t *upper, *lower;
+  int64_t row, step;     // from a row to the next, and from 32 columns to the next
+  const uint16_t* keep;  // null: all are kept
+  int64_t keep_row;
+  int64_t rows;  // that exist; those of what is not masked all do
+
+  template <bool Masked>
+  COLLM_TILES_INLINE __m512i load(int64_t i, int64_t t) const {
+    const uint16_t* from = (i < 16 ? upper : lower) + i % 16 * row + t / kStep * step;
+    if constexpr (!Masked) {
+      return _mm512_loadu_si512(from);
+    }
+    uint32_t bits;
+    std::memcpy(&bits, keep + i * keep_row + t / 16, sizeof(bits));
+    return _mm512_maskz_loadu_epi16(bits, from);
+  }
+};
+
+// The columns t .. t + 31 of those rows as two tiles of a right factor whose terms are the rows. Rows are paired within
+// quarters of a vector, by one instruction, so the columns of the two tiles are those of `interleaved`.
+template <bool Masked>
+COLLM_TILES_INLINE void pair_rows(const Summed& v, int64_t t, uint16_t* out) {
+  const __m512i zero = _mm512_setzero_si512();
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < 16; ++i) {
-    const __m512i a = row(2 * i), b = row(2 * i + 1);
-    _mm512_store_si512(out + 32 * i, _mm512_permutex2var_epi16(a, low, b));
-    _mm512_store_si512(out + kTile + 32 * i, _mm512_permutex2var_epi16(a, high, b));
+  for (int64_t i = 0; i < 32; i += 2) {
+    const __m512i a = !Masked || i < v.rows ? v.load<Masked>(i, t) : zero;
+    const __m512i b = !Masked || i + 1 < v.rows ? v.load<Masked>(i + 1, t) : zero;
+    _mm512_store_si512(out + 16 * i, _mm512_unpacklo_epi16(a, b));
+    _mm512_store_si512(out + kTile + 16 * i, _mm512_unpackhi_epi16(a, b));
   }
 }
 
-// What is summed over up to kBlockRows rows: sum [width][stride] (= or +=) left^T [width][rows] by [rows][columns].
+// What is summed over up to kBlockRows rows: sum [width][stride] (= or +=) left^T [width][rows] by [rows][columns],
+// column c at interleaved(c).
 struct Outer {
   const uint16_t* left;  // [rows / kRows][width][kRows], see pack_rank_left
   int64_t width, row_blocks, columns;
@@ -154,27 +176,27 @@ struct Outer {
   int64_t stride;
   bool fresh;
 
-  // row(block, i, t) gives the 32 columns from t on of a row.
-  template <typename Row>
-  COLLM_TILES_INLINE void add(const Row& row) const {
+  // rows [row_blocks]
+  template <bool Masked>
+  COLLM_TILES_INLINE void add(const Summed* rows) const {
     for (int64_t c = 0; c < width; c += 32) {
       if (c + 16 < width) {
-        add_tiles<2>(c, row);
+        add_tiles<2, Masked>(c, rows);
       } else {
-        add_tiles<1>(c, row);
+        add_tiles<1, Masked>(c, rows);
       }
     }
   }
 
-  template <int Tiles, typename Row>
-  COLLM_TILES_INLINE void add_tiles(int64_t c, const Row& row) const {
+  template <int Tiles, bool Masked>
+  COLLM_TILES_INLINE void add_tiles(int64_t c, const Summed* rows) const {
     // Rows are paired two products ahead, so that no tile waits for what has just been stored.
     constexpr int64_t kRing = 4, kAhead = 2;
     alignas(64) uint16_t ring[kRing][2 * kTile];
     int64_t paired = 0, block_ahead = 0, t_ahead = 0;
     const auto pair = [&]() COLLM_TILES {
       if (t_ahead < columns) {
-        pair_rows([&](int64_t i) COLLM_TILES { return row(block_ahead, i, t_ahead); }, ring[paired++ % kRing]);
+        pair_rows<Masked>(rows[block_ahead], t_ahead, ring[paired++ % kRing]);
         if (++block_ahead == row_blocks) {
           block_ahead = 0, t_ahead += kStep;
         }
@@ -220,46 +242,55 @@ struct Outer {
   }
 };
 
-// Numbers of 16 bits that a call works in: the left factor where it is packed, the rank's steps, a mask of kRows rows.
+// Numbers of 16 bits that a call works in: the left factor where it is packed, the rank's steps, two masks.
 inline int64_t forward_scratch(const Right& right, int64_t K) {
-  return kBlockRows * right.all() * kStep + kRows * avx512::keep_stride(K);
+  return kBlockRows * (right.all() * kStep + 2 * avx512::keep_stride(K));
 }
 
 // y = [x | scaling s] [W | B]^T + b and s for the rows begin .. end - 1.
 COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& right, const Part& part,
                                      const RankRight& rank, int64_t begin, int64_t end, uint16_t* scratch) {
-  const int64_t rp = padded(f.r), stride = avx512::keep_stride(f.K);
+  const int64_t rp = round_up(f.r, 16), stride = avx512::keep_stride(f.K);
+  const __m512 scaling = _mm512_set1_ps(f.scaling);
   uint16_t *added = scratch + kBlockRows * right.steps * kStep, *keep = added + kBlockRows * right.added * kStep;
+  uint16_t* next_keep = keep + kBlockRows * stride;
   alignas(64) float s[kRows * kMaxRank], pieces[kRows * kPieces * kMaxRank];
   alignas(64) uint16_t masked[2][2 * kTile];
   Left left[kBlockRows / kRows];
+  const auto mask_from = [&](int64_t m0, uint16_t* to) COLLM_TILES {
+    const int64_t rows = f.r == 0 ? 0 : std::min(kBlockRows, end - m0);
+    const avx512::Ahead ahead = avx512::Ahead::of(f.x + m0 * f.x_stride, f.x_stride);
+    return avx512::Drawing(f.dropout, static_cast<uint64_t>(m0), rows, 0, f.K, to, stride, {ahead});
+  };
   configure();
+  avx512::Drawing drawing = mask_from(begin, keep);
   for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
     const int64_t last = std::min(m0 + kBlockRows, end);
+    drawing.rest<_MM_HINT_T1>();
     for (int64_t m = m0; m < last; m += kRows) {
       const int64_t rows = std::min(kRows, last - m), block = (m - m0) / kRows;
       const BFloat16* x = f.x + m * f.x_stride;
+      left[block] = left_of(x, f.x_stride, rows, f.K, scratch + block * right.steps * 2 * kTile);
       if (f.r == 0) {
-        left[block] = left_of(x, f.x_stride, rows, f.K, scratch + block * right.steps * 2 * kTile);
         continue;
       }
-      avx512::draw_keep<BFloat16>(f.dropout, static_cast<uint64_t>(m), rows, 0, f.K, keep, stride, {x, f.x_stride});
-      left[block] = left_of(x, f.x_stride, rows, f.K, scratch + block * right.steps * 2 * kTile);
       const auto mask = [&](int64_t step) COLLM_TILES {
-        mask_step(x, f.x_stride, rows, keep, stride, step * kStep, masked[step % 2]);
+        mask_step(x, f.x_stride, rows, keep + (m - m0) * stride, stride, step * kStep, masked[step % 2]);
         return Left::packed(masked[step % 2]);
       };
-      project(mask, rank, static_cast<float>(f.dropout.scale), rp, pieces, s);
-      for (int64_t i = 0; i < rows; ++i) {
-        std::memcpy(f.s + (m + i) * f.r, s + i * rp, static_cast<size_t>(f.r) * sizeof(float));
-      }
-      for (int64_t i = 0; i < kRows * rp; ++i) {
-        s[i] *= f.scaling;
-      }
+      const auto take = [&](int64_t i, int64_t j, __m512 v) COLLM_TILES {
+        if (i < rows) {
+          _mm512_mask_storeu_ps(f.s + (m + i) * f.r + j, first(f.r - j), v);
+        }
+        _mm512_store_ps(s + i * rp + j, _mm512_mul_ps(scaling, v));
+      };
+      project(mask, rank, static_cast<float>(f.dropout.scale), pieces, take);
       pack_left_added(s, f.r, rp, right.added, added + block * right.added * 2 * kTile);
     }
+    drawing = mask_from(last, next_keep);
+    std::swap(keep, next_keep);
     const Side side{left, added, part, nullptr, 0};
-    multiply({&side, 1, right, last - m0, f.bias, nullptr, false, f.y + m0 * f.N});
+    multiply({&side, 1, right, last - m0, f.bias, nullptr, false, f.y + m0 * f.N, &drawing, 1});
   }
   _tile_release();
 }
@@ -269,15 +300,15 @@ struct Work {
   Part part;
   RankRight rank;
   int64_t keep_stride;
-  uint16_t *packed = nullptr, *added = nullptr, *s = nullptr, *ds = nullptr, *keep = nullptr;
+  uint16_t *packed = nullptr, *added = nullptr, *s = nullptr, *ds = nullptr, *keep = nullptr, *next_keep = nullptr;
   Left left[kBlockRows / kRows];
 
   Work(const Part& part, const RankRight& rank, int64_t K)
       : part(part), rank(rank), keep_stride(avx512::keep_stride(K)) {}
 
-  // Numbers of 16 bits: the left factor where it is packed, the rank's steps, s and ds transposed, the mask.
+  // Numbers of 16 bits: the left factor where it is packed, the rank's steps, s and ds transposed, two masks.
   int64_t scratch() const {
-    return kBlockRows * ((part.steps() + part.added()) * kStep + 2 * rank.width() + keep_stride);
+    return kBlockRows * ((part.steps() + part.added()) * kStep + 2 * rank.width() + 2 * keep_stride);
   }
   // Takes them from `memory`; returns what follows.
   uint16_t* place(uint16_t* memory) {
@@ -286,13 +317,14 @@ struct Work {
     s = added + kBlockRows * part.added() * kStep;
     ds = s + kBlockRows * rank.width();
     keep = ds + kBlockRows * rank.width();
+    next_keep = keep + kBlockRows * keep_stride;
     return memory + scratch();
   }
 };
 
-// The rows begin .. last - 1 of the block from m0 on: where dy is, ds beside it and transposed, s transposed, the mask.
+// The rows begin .. last - 1 of the block from m0 on: where dy is, ds beside it and transposed, s transposed.
 COLLM_TILES_INLINE void prepare(const Backward<BFloat16>& f, int64_t m0, int64_t begin, int64_t last, Work& work) {
-  const int64_t rp = padded(f.r), steps = work.part.steps(), added = work.part.added(), width = work.rank.width();
+  const int64_t rp = round_up(f.r, 16), steps = work.part.steps(), added = work.part.added(), width = work.rank.width();
   alignas(64) float ds[kRows * kMaxRank], pieces[kRows * kPieces * kMaxRank];
   for (int64_t m = begin; m < last; m += kRows) {
     const int64_t rows = std::min(kRows, last - m), block = (m - m0) / kRows;
@@ -304,7 +336,8 @@ COLLM_TILES_INLINE void prepare(const Backward<BFloat16>& f, int64_t m0, int64_t
     }
     const auto find = [&](int64_t step)
                           COLLM_TILES { return Left{left.first + step * left.step, 0, left.below, left.row_bytes}; };
-    project(find, work.rank, f.scaling * static_cast<float>(f.dropout.scale), rp, pieces, ds);
+    const auto take = [&](int64_t i, int64_t j, __m512 v) COLLM_TILES { _mm512_store_ps(ds + i * rp + j, v); };
+    project(find, work.rank, f.scaling * static_cast<float>(f.dropout.scale), pieces, take);
     pack_left_added(ds, f.r, rp, added, work.added + block * added * 2 * kTile);
     if (f.x != nullptr) {
       pack_rank_left(ds, rows, f.r, rp, width, work.ds + (m - m0) * width);
@@ -313,66 +346,76 @@ COLLM_TILES_INLINE void prepare(const Backward<BFloat16>& f, int64_t m0, int64_t
       pack_rank_left(f.s + m * f.r, rows, f.r, f.r, width, work.s + (m - m0) * width);
     }
   }
-  if (f.r == 0) {
-    return;
-  }
-  const BFloat16* x = f.x == nullptr ? nullptr : f.x + begin * f.x_stride;
-  avx512::draw_keep<BFloat16>(f.dropout, static_cast<uint64_t>(begin), last - begin, 0, f.K,
-                              work.keep + (begin - m0) * work.keep_stride, work.keep_stride, {x, f.x_stride});
+}
+
+// The mask of the `rows` rows from m on, into `to`; what the passes will read of them is asked for meanwhile.
+COLLM_TILES_INLINE avx512::Drawing mask_from(const Backward<BFloat16>& f, int64_t m, int64_t rows, uint16_t* to) {
+  const avx512::Ahead x = f.x == nullptr ? avx512::Ahead{} : avx512::Ahead::of(f.x + m * f.x_stride, f.x_stride);
+  const avx512::Ahead grad = avx512::Ahead::of(f.grad + m * f.grad_stride, f.grad_stride);
+  return {f.dropout, static_cast<uint64_t>(m), f.r == 0 ? 0 : rows, 0, f.K, to, avx512::keep_stride(f.K), {grad, x}};
 }
 
 // What the same rows add to dB^T and dA.
 COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_t begin, int64_t last, const Work& work,
                                  bool fresh, float* dA, float* dB) {
   const int64_t row_blocks = (last - begin + kRows - 1) / kRows, done = begin - m0, width = work.rank.width();
+  Summed rows[kBlockRows / kRows];
   if (f.s != nullptr) {
-    const Outer outer{work.s + done * width, width, row_blocks, f.N, dB, f.b.stride, fresh};
-    outer.add([&](int64_t block, int64_t i, int64_t t) COLLM_TILES {
+    for (int64_t block = 0; block < row_blocks; ++block) {
       const Left& left = work.left[done / kRows + block];
-      const uint16_t* tile = left.first + t / kStep * left.step + i / 16 * left.below;
-      return _mm512_load_si512(tile + i % 16 * left.row_bytes / 2);
-    });
+      rows[block] = {left.first, left.first + left.below, left.row_bytes / 2, left.step, nullptr, 0, kRows};
+    }
+    const Outer outer{work.s + done * width, width, row_blocks, f.N, dB, f.b.stride, fresh};
+    outer.add<false>(rows);
   }
   if (f.x != nullptr) {
+    for (int64_t block = 0; block < row_blocks; ++block) {
+      const int64_t m = begin + block * kRows;
+      const uint16_t* x = reinterpret_cast<const uint16_t*>(f.x + m * f.x_stride);
+      const uint16_t* keep = work.keep + (m - m0) * work.keep_stride;
+      rows[block] = {x, x + 16 * f.x_stride, f.x_stride, kStep, keep, work.keep_stride, std::min(kRows, last - m)};
+    }
     const Outer outer{work.ds + done * width, width, row_blocks, f.K, dA, f.a.stride, fresh};
-    outer.add([&](int64_t block, int64_t i, int64_t t) COLLM_TILES {
-      const int64_t row = block * kRows + i;
-      uint32_t bits = 0;
-      if (row < last - begin) {
-        std::memcpy(&bits, work.keep + (done + row) * work.keep_stride + t / 16, sizeof(bits));
-      }
-      return _mm512_maskz_loadu_epi16(bits, f.x + (begin + row) * f.x_stride + t);
-    });
+    outer.add<true>(rows);
   }
 }
 
 // dx = sum over the projections of dy W + mask (ds A) for the parts begin .. end - 1 of the rows, and the parts' sums
-// of dA and dB^T, each in kPieces times r rows. `masked` has room for [2][projections][1024] sums.
+// of dA and dB^T, each in kPieces times r rows. `masked` has room for [projections][1024] sums.
 COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& group, const Right& right,
                                       std::vector<Work>& works, int64_t begin, int64_t end, float* masked) {
   const Backward<BFloat16>& any = group.front();
   const int64_t count = static_cast<int64_t>(group.size());
+  const auto rows_of = [&](int64_t part) { return any.parts.begin(part + 1) - any.parts.begin(part); };
   // So many rows of x and dy stay in the second-level cache until they are read a second time.
-  constexpr int64_t kSumBytes = int64_t{256} << 10;
-  std::vector<Side> sides;
-  for (const Work& work : works) {
-    sides.push_back({work.left, work.added, work.part, work.keep, work.keep_stride});
-  }
+  constexpr int64_t kSumBytes = int64_t{768} << 10;
+  std::vector<Side> sides(group.size());
+  std::vector<avx512::Drawing> drawings(group.size());
   configure();
+  for (int64_t n = 0; n < count; ++n) {
+    drawings[n] = mask_from(group[n], any.parts.begin(begin), std::min(kBlockRows, rows_of(begin)), works[n].keep);
+  }
   for (int64_t part = begin; part < end; ++part) {
     const int64_t first = any.parts.begin(part), stop = any.parts.begin(part + 1);
     for (int64_t m0 = first; m0 < stop; m0 += kBlockRows) {
       const int64_t last = std::min(m0 + kBlockRows, stop);
+      const int64_t more = last < stop ? stop - last : part + 1 < end ? rows_of(part + 1) : 0;
       for (int64_t n = 0; n < count; ++n) {
         const Backward<BFloat16>& f = group[n];
+        Work& work = works[n];
+        drawings[n].rest<_MM_HINT_T1>();
         const int64_t run = std::clamp<int64_t>(kSumBytes / (2 * (f.K + f.N)) / kRows, 2, kBlockRows / kRows) * kRows;
         for (int64_t m = m0; m < last; m += run) {
           const int64_t end_of_run = std::min(m + run, last);
-          prepare(f, m0, m, end_of_run, works[n]);
-          add_sums(f, m0, m, end_of_run, works[n], m == first, f.parts.A(part), f.parts.B(part));
+          prepare(f, m0, m, end_of_run, work);
+          add_sums(f, m0, m, end_of_run, work, m == first, f.parts.A(part), f.parts.B(part));
         }
+        sides[n] = {work.left, work.added, work.part, work.keep, work.keep_stride};
+        drawings[n] = mask_from(f, last, std::min(kBlockRows, more), work.next_keep);
+        std::swap(work.keep, work.next_keep);
       }
-      multiply({sides.data(), count, right, last - m0, nullptr, masked, any.add, any.dx + m0 * any.K});
+      multiply({sides.data(), count, right, last - m0, nullptr, masked, any.add, any.dx + m0 * any.K, drawings.data(),
+                count});
     }
   }
   _tile_release();

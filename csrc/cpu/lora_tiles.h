@@ -1,14 +1,9 @@
-// lora_linear in bfloat16 on AMX tiles: the frozen product and the low-rank update in one kernel of our own.
-// The passes that feed it, over x and dy, are in lora_tile_passes.h.
+// What lora_linear in bfloat16 on AMX tiles works on: both factors of a product in tiles, and how they are packed.
+// The product itself is in lora_tile_product.h, the passes that feed it, over x and dy, in lora_tile_passes.h.
 //
-// The vendor's product reaches a fifth of what the tiles can do, so no pass around it would be cheap. Here both
-// factors are packed into tiles, and the update costs one more step of the contraction: forward as columns beside
-// [x | s] [W | B]^T, backward in accumulators of its own, because the mask acts on them alone. A float32 number goes
-// into the tiles as two bfloat16 numbers, high and low, and three products: what is lost is 2^-16 of the update.
-// Between the steps of a product the outputs before are rounded, and the lines of these ones fetched: they lie outside
-// the second-level cache. The mask is not drawn there, it would take longer than alone. Every output is rounded once
-// for each kMaxTerms of terms.
-// Blocks are cut by shapes alone, so no number of threads changes a bit.
+// The update costs one more step of the contraction: forward as columns beside [x | s] [W | B]^T, backward in sums of
+// its own, because the mask acts on them alone. A float32 number goes into the tiles as two bfloat16 numbers, high and
+// low, and three products: what is lost is 2^-16 of the update.
 #pragma once
 
 #include "isa.h"
@@ -32,11 +27,8 @@ using torch::headeronly::BFloat16;
 constexpr int64_t kTile = 16 * 32;   // bfloat16 numbers of one tile: 16 rows of 64 bytes
 constexpr int64_t kPanel = 32;       // outputs, two tiles side by side; kRows = 32 rows are two tiles too
 constexpr int64_t kStep = 32;        // terms of the contraction that one tile holds
-constexpr int64_t kBlockRows = 256;  // rows that share a panel of a product while it is in a cache
-constexpr int64_t kBlockSteps = 20;  // and so many steps of that panel: 40 KB
-constexpr int64_t kMaxTerms =
-    1024;                      // of projections side by side: more of kBlockRows rows leaves the second-level cache
-constexpr int64_t kParts = 3;  // products of high and low halves: high high, low high, high low
+constexpr int64_t kBlockRows = 256;  // rows of a product that share a second-level cache with the right factor's panels
+constexpr int64_t kParts = 3;        // products of high and low halves: high high, low high, high low
 
 COLLM_INLINE int64_t steps_of(int64_t terms) { return round_up(terms, kStep) / kStep; }
 
@@ -80,6 +72,10 @@ struct RankRight {
   int64_t size() const { return tiles() * steps() * kTile; }
   const uint16_t* tile(int64_t t) const { return data + t * steps() * kTile; }
 };
+
+// Where column c of 32 lies in two tiles whose columns were made of two rows by unpacking words within quarters of a
+// vector: those of the first, third, fifth, ... four columns are side by side, then those of the others.
+COLLM_INLINE int64_t interleaved(int64_t c) { return c / 32 * 32 + c / 4 % 2 * 16 + c / 8 % 4 * 4 + c % 4; }
 
 // The compiler does not know all that the instructions of tiles read: it must be in memory before.
 COLLM_INLINE void settle() { __asm__ volatile("" ::: "memory"); }
@@ -212,6 +208,24 @@ COLLM_TILES inline void pack_rank(Factor<float> factor, const RankRight& right, 
 
 // The added terms of kRows rows of s [kRows][rp]: halves high, low, high on this side.
 COLLM_TILES_INLINE void pack_left_added(const float* s, int64_t r, int64_t rp, int64_t added, uint16_t* out) {
+  if (r <= 16) {
+    // All of a row are words of one vector: its high halves, then its low ones.
+    uint16_t from[2][kStep];
+    __mmask32 exist[2] = {};
+    for (int64_t t = 0; t < added * kStep; ++t) {
+      from[t / kStep][t % kStep] = static_cast<uint16_t>(t < r ? t : t < 2 * r ? t - r + 16 : t - 2 * r);
+      exist[t / kStep] |= t < kParts * r ? __mmask32{1} << t % kStep : 0;
+    }
+    for (int64_t i = 0; i < kRows; ++i) {
+      const __m512 v = _mm512_maskz_loadu_ps(first(r), s + i * rp);
+      const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(half_of(v, false)), half_of(v, true), 1);
+      for (int64_t e = 0; e < added; ++e) {
+        const __m512i terms = _mm512_maskz_permutexvar_epi16(exist[e], _mm512_loadu_si512(from[e]), halves);
+        _mm512_store_si512(out + (2 * e + i / 16) * kTile + i % 16 * 32, terms);
+      }
+    }
+    return;
+  }
   alignas(64) uint16_t row[kMaxRank * kParts + 32];
   for (int64_t i = 0; i < kRows; ++i) {
     for (int64_t e = 0; e < added; ++e) {
@@ -248,25 +262,12 @@ struct Left {
   static Left in_place(const BFloat16* v, int64_t stride) {
     return {reinterpret_cast<const uint16_t*>(v), kStep, 16 * stride, 2 * stride};
   }
-  // Rows that are cut in whole tiles, on the borders of cache lines.
+  // Rows that are cut in whole tiles, on the borders of cache lines, and that do not all fall on the same few sets of a
+  // cache.
   static bool can_stay(const BFloat16* v, int64_t stride, int64_t terms) {
-    return terms % kStep == 0 && stride % kStep == 0 && reinterpret_cast<uintptr_t>(v) % 64 == 0;
+    return terms % kStep == 0 && stride % kStep == 0 && stride % 1024 != 0 && reinterpret_cast<uintptr_t>(v) % 64 == 0;
   }
 };
-
-// Tiles 0 .. 3 += two by two tiles of the left and the right factor. The left factor is read past the first-level
-// cache, where it would push out the panel that all rows share.
-COLLM_TILES_INLINE void add_step(const Left& left, int64_t s, const uint16_t* right) {
-  const uint16_t* tile = left.first + s * left.step;
-  _tile_stream_loadd(4, tile, left.row_bytes);
-  _tile_loadd(6, right, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, right + kTile, 64);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_stream_loadd(5, tile + left.below, left.row_bytes);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-}
 
 COLLM_TILES_INLINE void load_sums(const float* sums) {
   _tile_loadd(0, sums, 64);
@@ -279,149 +280,6 @@ COLLM_TILES_INLINE void store_sums(float* sums) {
   _tile_stored(1, sums + 256, 64);
   _tile_stored(2, sums + 512, 64);
   _tile_stored(3, sums + 768, 64);
-}
-
-// What one projection brings to the product of up to kBlockRows rows.
-struct Side {
-  const Left* left;       // [rows / kRows]
-  const uint16_t* added;  // the rank's steps of the same rows, packed: [rows / kRows][part.added()]
-  Part part;
-  const uint16_t* keep;  // null: the added terms are part of the sum; else a bit for each output that they may reach
-  int64_t keep_stride;
-
-  bool masks() const { return keep != nullptr && part.r > 0; }
-};
-
-// Up to kBlockRows rows against all panels of the right factor.
-struct Product {
-  const Side* sides;
-  int64_t count;
-  Right right;
-  int64_t rows;
-  const float* start;  // [outputs], null: zero
-  float* masked;       // room for [2][count][1024] sums
-  bool add;            // to what `out` holds
-  BFloat16* out;       // [rows][outputs]
-};
-
-// Two by two tiles of sums that wait to be rounded.
-struct Waiting {
-  const float *sums, *masked;
-  int64_t row, output, rows = 0, written = 0;
-};
-
-COLLM_TILES_INLINE void write_row(const Product& p, Waiting& w) {
-  const int64_t i = w.written++, at = i / 16 * 512 + i % 16 * 16, outputs = p.right.outputs - w.output;
-  const __mmask32 exist = outputs >= 32 ? ~0u : (1u << outputs) - 1u;
-  __m512 a = _mm512_load_ps(w.sums + at), b = _mm512_load_ps(w.sums + at + 256);
-  if (p.start != nullptr) {
-    a = _mm512_add_ps(a, _mm512_loadu_ps(p.start + w.output));
-    b = _mm512_add_ps(b, _mm512_loadu_ps(p.start + w.output + 16));
-  }
-  for (int64_t n = 0; n < p.count; ++n) {
-    const Side& side = p.sides[n];
-    if (side.masks()) {
-      const uint16_t* bits = side.keep + (w.row + i) * side.keep_stride + w.output / 16;
-      const float* masked = w.masked + n * 1024 + at;
-      a = _mm512_mask_add_ps(a, bits[0], a, _mm512_load_ps(masked));
-      b = _mm512_mask_add_ps(b, bits[1], b, _mm512_load_ps(masked + 256));
-    }
-  }
-  BFloat16* to = p.out + (w.row + i) * p.right.outputs + w.output;
-  if (p.add) {
-    const __m512i before = _mm512_maskz_loadu_epi16(exist, to);
-    a = _mm512_add_ps(a, widened(_mm512_castsi512_si256(before)));
-    b = _mm512_add_ps(b, widened(_mm512_extracti64x4_epi64(before, 1)));
-  }
-  _mm512_mask_storeu_epi16(to, exist, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-}
-
-// At every step of a product: a few rows of the sums before, and the lines of as many outputs of these ones.
-COLLM_TILES_INLINE void write_some(const Product& p, Waiting& w, int64_t share, const BFloat16* lines, int64_t& asked) {
-  for (int64_t n = 0; n < share; ++n) {
-    if (w.written < w.rows) {
-      write_row(p, w);
-    }
-    if (asked > 0) {
-      _mm_prefetch(reinterpret_cast<const char*>(lines + --asked * p.right.outputs), _MM_HINT_T1);
-    }
-  }
-}
-
-COLLM_TILES_INLINE void write_rest(const Product& p, Waiting& w) {
-  while (w.written < w.rows) {
-    write_row(p, w);
-  }
-}
-
-// The ranks' steps of a block of sums: into `sum` itself, or beside it, where a mask acts on them.
-COLLM_TILES_INLINE void add_ranks(const Product& p, int64_t row_block, const uint16_t* right, float* sum,
-                                  float* masked) {
-  bool stored = false;
-  for (int64_t n = 0; n < p.count; ++n) {
-    const Side& side = p.sides[n];
-    if (side.masks()) {
-      if (!std::exchange(stored, true)) {
-        store_sums(sum);
-      }
-      zero_sums();
-    }
-    const Left rank = Left::packed(side.added + row_block * side.part.added() * 2 * kTile);
-    for (int64_t s = 0; s < side.part.added(); ++s) {
-      add_step(rank, s, right + (side.part.first_added + s) * 2 * kTile);
-    }
-    if (side.masks()) {
-      store_sums(masked + n * 1024);
-    }
-  }
-  if (!stored) {
-    store_sums(sum);
-  }
-}
-
-COLLM_TILES_INLINE void multiply(const Product& p) {
-  alignas(64) float sums[kBlockRows / kRows][1024];
-  settle();
-  const int64_t steps = p.right.steps, blocks = std::max<int64_t>(1, (steps + kBlockSteps - 1) / kBlockSteps);
-  const int64_t share = (kRows * blocks + steps - 1) / std::max<int64_t>(steps, 1);
-  Waiting waiting{};
-  int64_t turn = 0;
-  for (int64_t panel = 0; panel * kPanel < p.right.outputs; ++panel) {
-    const uint16_t* right = p.right.panel(panel);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t begin = steps * b / blocks, end = steps * (b + 1) / blocks;
-      const bool last = b + 1 == blocks;
-      for (int64_t row = 0; row < p.rows; row += kRows, ++turn) {
-        float* sum = blocks == 1 ? sums[turn % 2] : sums[row / kRows];
-        if (b == 0) {
-          zero_sums();
-        } else {
-          load_sums(sum);
-        }
-        const BFloat16* outputs = p.out + row * p.right.outputs + panel * kPanel;
-        int64_t asked = last ? std::min(kRows, p.rows - row) : 0;
-        for (int64_t n = 0; n < p.count; ++n) {
-          const Side& side = p.sides[n];
-          const Left left = side.left[row / kRows];
-          const int64_t first = side.part.first, stop = std::min(end, first + side.part.steps());
-          for (int64_t s = std::max(begin, first); s < stop; ++s) {
-            add_step(left, s - first, right + s * 2 * kTile);
-            write_some(p, waiting, share, outputs, asked);
-          }
-        }
-        write_rest(p, waiting);
-        if (last) {
-          float* masked = p.masked + turn % 2 * p.count * 1024;
-          add_ranks(p, row / kRows, right + steps * 2 * kTile, sum, masked);
-          waiting = {sum, masked, row, panel * kPanel, std::min(kRows, p.rows - row)};
-        } else {
-          store_sums(sum);
-        }
-        settle();
-      }
-    }
-  }
-  write_rest(p, waiting);
 }
 
 }  // namespace collm::lora::tiles

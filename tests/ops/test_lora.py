@@ -152,13 +152,24 @@ def test_arithmetic_of_strides(device: str) -> None:
 @pytest.mark.skipif(in_child(), reason="needs the compiled libraries")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("M", "K", "N"), [(32, 31, 33), (41, 960, 50), (45, 50, 961), (259, 700, 49), (64, 1, 1), (331, 96, 672)]
+    ("M", "K", "N", "r"),
+    [
+        (32, 31, 33, 5),
+        (41, 960, 50, 5),
+        (45, 50, 961, 5),
+        (259, 700, 49, 5),
+        (64, 1, 1, 5),
+        (331, 96, 672, 5),
+        (531, 576, 1400, 8),  # the panels of the weight in two parts, masks drawn beside the products before
+        (290, 1024, 70, 13),  # rows that would all fall on the same sets of a cache
+        (290, 70, 1024, 16),
+    ],
 )
-def test_kernels_of_our_own(dtype: torch.dtype, M: int, K: int, N: int) -> None:
+def test_kernels_of_our_own(dtype: torch.dtype, M: int, K: int, N: int, r: int) -> None:
     """Tails of rows, terms and outputs; weights packed from either order in memory and from neither."""
     if dtype == torch.float32 and M < 256:
         M += 256  # with fewer rows the product is the vendor's
-    case = make((M, K), N, 5, dtype, torch.float32, "cpu", bias=N != 33)
+    case = make((M, K), N, r, dtype, torch.float32, "cpu", bias=N != 33)
     padded = torch.randn(2 * N, 3 * K).to(dtype)
     padded[::2, ::3] = case.weight
     for weight in (case.weight, case.weight.T.contiguous().T, padded[::2, ::3]):

@@ -1,0 +1,367 @@
+// The product of lora_linear in bfloat16 on AMX tiles: up to kBlockRows rows against all panels of the right factor.
+//
+// The vendor's product reaches less than half of what the tiles can do, so no pass around it would be cheap. What holds
+// a product of tiles up is not the tiles: it is where their numbers come from. One factor stays in the first-level
+// cache while the other passes by out of the second. Between the steps the outputs before are rounded, the lines of
+// these ones fetched, and the masks of the next rows drawn, in pieces: the vector units have little else to do, but
+// whatever is long fills the queue in which the loads of the next tiles wait. Every output is rounded once for each
+// kMaxTerms of terms. Blocks are cut by shapes alone, so no number of threads changes a bit.
+#pragma once
+
+#include "lora_tiles.h"
+
+#if defined(COLLM_X86)
+
+namespace collm::lora::tiles {
+
+// Where kRows rows of the left factor stay in the first-level cache: up to so many steps, 40 KB, by so much of the
+// right factor at a time.
+constexpr int64_t kRowSteps = 20, kPanelBytes = int64_t{768} << 10;
+// Where the left factor is wider, so many steps of a panel stay, 32 KB, with the sums of so many rows, 16 KB.
+constexpr int64_t kPartSteps = 16, kPartRows = 128;
+// Terms of projections side by side: more of kBlockRows rows would leave the second-level cache.
+constexpr int64_t kMaxTerms = 1024;
+
+// Which factor's tiles of a block of sums stay in the first-level cache for the next one.
+enum class Stays { left, right };
+
+// What is done between the four products of a step: nothing, or four slices of a mask that is wanted later.
+struct Idle {
+  template <int>
+  COLLM_TILES_INLINE void at() const {}
+};
+template <int Step>
+struct Draw {
+  const avx512::Drawing& drawing;
+  avx512::Drawing::Chains& chains;
+
+  template <int Product>
+  COLLM_TILES_INLINE void at() const {
+    drawing.slice<4 * Step + Product, _MM_HINT_T1>(chains);
+  }
+};
+
+// Tiles 0 .. 3 += two by two tiles of the left and the right factor. The one that does not stay is read past the
+// first-level cache, where it would push out the other.
+template <Stays stays, typename Between = Idle>
+COLLM_TILES_INLINE void add_step(const Left& left, int64_t s, const uint16_t* right, const Between& between = {}) {
+  const uint16_t *tile = left.first + s * left.step, *below = tile + left.below;
+  if constexpr (stays == Stays::left) {
+    _tile_stream_loadd(6, right, 64);
+    _tile_loadd(4, tile, left.row_bytes);
+  } else {
+    _tile_stream_loadd(4, tile, left.row_bytes);
+    _tile_loadd(6, right, 64);
+  }
+  _tile_dpbf16ps(0, 4, 6);
+  between.template at<0>();
+  if constexpr (stays == Stays::left) {
+    _tile_stream_loadd(7, right + kTile, 64);
+  } else {
+    _tile_loadd(7, right + kTile, 64);
+  }
+  _tile_dpbf16ps(1, 4, 7);
+  between.template at<1>();
+  if constexpr (stays == Stays::left) {
+    _tile_loadd(5, below, left.row_bytes);
+  } else {
+    _tile_stream_loadd(5, below, left.row_bytes);
+  }
+  _tile_dpbf16ps(2, 5, 6);
+  between.template at<2>();
+  _tile_dpbf16ps(3, 5, 7);
+  between.template at<3>();
+}
+
+// What one projection brings to the product of up to kBlockRows rows.
+struct Side {
+  const Left* left;       // [rows / kRows]
+  const uint16_t* added;  // the rank's steps of the same rows, packed: [rows / kRows][part.added()]
+  Part part;
+  const uint16_t* keep;  // null: the added terms are part of the sum; else a bit for each output that they may reach
+  int64_t keep_stride;
+
+  bool masks() const { return keep != nullptr && part.r > 0; }
+};
+
+// Up to kBlockRows rows against all panels of the right factor.
+struct Product {
+  const Side* sides;
+  int64_t count;
+  Right right;
+  int64_t rows;
+  const float* start;  // [outputs], null: zero
+  float* masked;       // room for [count][1024] sums
+  bool add;            // to what `out` holds
+  BFloat16* out;       // [rows][outputs]
+  // Masks that the rows after these will want, drawn meanwhile as far as they go.
+  avx512::Drawing* next;
+  int64_t nexts;
+
+  // How many projections have a mask.
+  int64_t masks() const {
+    return std::count_if(sides, sides + count, [](const Side& side) { return side.masks(); });
+  }
+};
+
+// Two by two tiles of sums that wait to be rounded, and where they go to.
+struct Waiting {
+  const float* sums;
+  int64_t row, output, rows = 0;
+};
+
+// How sums become outputs. `plain`: they are rounded. `masked`: after those of one projection's rank were added where
+// its mask keeps them. `any`: all else.
+enum class Write { plain, masked, any };
+
+// What is done at every step of a product besides: rows of the sums before are rounded, and the lines of as many
+// outputs of these ones are asked for. Few instructions: those of the next steps' tiles wait behind them.
+template <Write write>
+class Aside {
+ public:
+  COLLM_TILES_INLINE Aside(const Product& p, const Waiting& w, const BFloat16* lines, int64_t share)
+      : p_(p), w_(w), outputs_(p.right.outputs), share_(share), pairs_(w.rows == kRows ? 16 : 0), lines_(lines) {
+    const int64_t left = outputs_ - w.output;
+    exist_ = left >= 32 ? ~0u : (1u << left) - 1u;
+    to_ = p.out + w.row * outputs_ + w.output;
+    if constexpr (write == Write::masked) {
+      bits_ = p.sides->keep + w.row * p.sides->keep_stride + w.output / 16;
+    }
+  }
+
+  // Rows that lie sixteen apart, for two tiles of sums do.
+  COLLM_TILES_INLINE void step() {
+    one();
+    for (int64_t n = 1; n < share_; ++n) {
+      one();
+    }
+  }
+  COLLM_TILES_INLINE void rest() {
+    while (done_ < pairs_) {
+      one();
+    }
+    for (int64_t row = pairs_ > 0 ? kRows : 0; row < w_.rows; ++row) {
+      const int64_t stride = write == Write::masked ? p_.sides->keep_stride : 0;
+      write_row(row, row / 16 * 512 + row % 16 * 16, bits_ + row * stride, to_ + row * outputs_);
+    }
+  }
+
+ private:
+  COLLM_TILES_INLINE void one() {
+    if (done_ == 16) {
+      return;
+    }
+    _mm_prefetch(reinterpret_cast<const char*>(lines_), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(lines_ + 16 * outputs_), _MM_HINT_T1);
+    lines_ += outputs_;
+    if (pairs_ > 0) {
+      const int64_t stride = write == Write::masked ? p_.sides->keep_stride : 0;
+      write_row(done_, 16 * done_, bits_, to_);
+      write_row(done_ + 16, 16 * done_ + 512, bits_ + 16 * stride, to_ + 16 * outputs_);
+      to_ += outputs_, bits_ += stride;
+    }
+    ++done_;
+  }
+
+  // Row `row` of the sums that wait, which lies at `at`.
+  COLLM_TILES_INLINE void write_row(int64_t row, int64_t at, const uint16_t* bits, BFloat16* to) const {
+    __m512 a = _mm512_load_ps(w_.sums + at), b = _mm512_load_ps(w_.sums + at + 256);
+    if (write != Write::masked && p_.start != nullptr) {
+      a = _mm512_add_ps(a, _mm512_loadu_ps(p_.start + w_.output));
+      b = _mm512_add_ps(b, _mm512_loadu_ps(p_.start + w_.output + 16));
+    }
+    if constexpr (write == Write::masked) {
+      a = _mm512_mask_add_ps(a, bits[0], a, _mm512_load_ps(p_.masked + at));
+      b = _mm512_mask_add_ps(b, bits[1], b, _mm512_load_ps(p_.masked + at + 256));
+    }
+    for (int64_t n = 0; write == Write::any && n < p_.count; ++n) {
+      const Side& side = p_.sides[n];
+      if (side.masks()) {
+        const uint16_t* kept = side.keep + (w_.row + row) * side.keep_stride + w_.output / 16;
+        const float* masked = p_.masked + n * 1024 + at;
+        a = _mm512_mask_add_ps(a, kept[0], a, _mm512_load_ps(masked));
+        b = _mm512_mask_add_ps(b, kept[1], b, _mm512_load_ps(masked + 256));
+      }
+    }
+    if (write == Write::any && p_.add) {
+      const __m512i before = _mm512_maskz_loadu_epi16(exist_, to);
+      a = _mm512_add_ps(a, widened(_mm512_castsi512_si256(before)));
+      b = _mm512_add_ps(b, widened(_mm512_extracti64x4_epi64(before, 1)));
+    }
+    _mm512_mask_storeu_epi16(to, exist_, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+  }
+
+  const Product& p_;
+  const Waiting w_;
+  const int64_t outputs_, share_, pairs_;
+  const BFloat16* lines_;
+  BFloat16* to_;
+  const uint16_t* bits_ = nullptr;
+  __mmask32 exist_;
+  int64_t done_ = 0;
+};
+
+// The ranks' steps of a block of sums: into `sum` itself, or beside it, where a mask acts on them.
+COLLM_TILES_INLINE void add_ranks(const Product& p, int64_t row_block, const uint16_t* right, float* sum) {
+  bool stored = false;
+  for (int64_t n = 0; n < p.count; ++n) {
+    const Side& side = p.sides[n];
+    if (side.masks()) {
+      if (!std::exchange(stored, true)) {
+        store_sums(sum);
+      }
+      zero_sums();
+    }
+    const Left rank = Left::packed(side.added + row_block * side.part.added() * 2 * kTile);
+    for (int64_t s = 0; s < side.part.added(); ++s) {
+      add_step<Stays::left>(rank, s, right + (side.part.first_added + s) * 2 * kTile);
+    }
+    if (side.masks()) {
+      store_sums(p.masked + n * 1024);
+    }
+  }
+  if (!stored) {
+    store_sums(sum);
+  }
+}
+
+// One product: its blocks of kRows by kPanel sums in turn, each rounded while the next is summed.
+template <Write write>
+class Multiply {
+ public:
+  COLLM_TILES_INLINE explicit Multiply(const Product& p) : p_(p) {}
+
+  // The panels that a second-level cache holds pass by the rows that stay in the first.
+  COLLM_TILES_INLINE void by_rows() {
+    const int64_t panels = p_.right.panels(), bytes = p_.right.all() * 2 * kTile * 2;
+    const int64_t blocks = (panels * bytes + kPanelBytes - 1) / kPanelBytes;
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t row = 0; row < p_.rows; row += kRows) {
+        for (int64_t panel = panels * b / blocks; panel < panels * (b + 1) / blocks; ++panel) {
+          add<Stays::left>(row, panel, 0, p_.right.steps, sums_[0], nullptr);
+        }
+      }
+    }
+    Aside<write>(p_, waiting_, p_.out, 0).rest();
+  }
+
+  // A few rows pass by the part of a panel that stays in the first-level cache with their sums; what is asked for is
+  // the next panel.
+  COLLM_TILES_INLINE void by_panels() {
+    const int64_t steps = p_.right.steps, blocks = (steps + kPartSteps - 1) / kPartSteps;
+    for (int64_t panel = 0; panel < p_.right.panels(); ++panel) {
+      const uint16_t* next = p_.right.panel(panel + 1);
+      for (int64_t first = 0; first < p_.rows; first += kPartRows) {
+        const int64_t last = std::min(first + kPartRows, p_.rows);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t begin = steps * b / blocks, end = steps * (b + 1) / blocks;
+          for (int64_t row = first; row < last; row += kRows) {
+            const uint16_t* share = next + begin * 2 * kTile + row / kRows * kShare;
+            add<Stays::right>(row, panel, begin, end, sums_[(row - first) / kRows], share);
+          }
+        }
+      }
+    }
+    Aside<write>(p_, waiting_, p_.out, 0).rest();
+  }
+
+ private:
+  // Words of each pair of tiles that one of kBlockRows / kRows blocks of rows asks for.
+  static constexpr int64_t kShare = 2 * kTile / (kBlockRows / kRows);
+
+  // The steps begin .. end - 1 of a block of sums; meanwhile this block's share of the steps from `next` on is asked
+  // for.
+  template <Stays stays>
+  COLLM_TILES_INLINE void add(int64_t row, int64_t panel, int64_t begin, int64_t end, float* sum,
+                              const uint16_t* next) {
+    const uint16_t* right = p_.right.panel(panel);
+    const int64_t share = (16 + end - begin) / std::max<int64_t>(end - begin, 1);
+    Aside<write> aside(p_, waiting_, p_.out + row * p_.right.outputs + panel * kPanel, share);
+    const auto ask = [&](int64_t s) COLLM_TILES {
+      for (int64_t w = 0; stays == Stays::right && w < kShare; w += 32) {
+        _mm_prefetch(reinterpret_cast<const char*>(next + (s - begin) * 2 * kTile + w), _MM_HINT_T1);
+      }
+    };
+    settle();
+    if (begin == 0) {
+      zero_sums();
+    } else {
+      load_sums(sum);
+    }
+    for (int64_t n = 0; n < p_.count; ++n) {
+      const Side& side = p_.sides[n];
+      const Left left = side.left[row / kRows];
+      const int64_t first = side.part.first, stop = std::min(end, first + side.part.steps());
+      int64_t s = std::max(begin, first);
+      for (; s + 4 <= stop && draws(); s += 4) {
+        avx512::Drawing::Chains chains;
+        next_->begin(chains);
+        const uint16_t* tiles = right + s * 2 * kTile;
+        add_step<stays>(left, s - first, tiles, Draw<0>{*next_, chains});
+        aside.step();
+        ask(s);
+        add_step<stays>(left, s + 1 - first, tiles + 2 * kTile, Draw<1>{*next_, chains});
+        aside.step();
+        ask(s + 1);
+        add_step<stays>(left, s + 2 - first, tiles + 4 * kTile, Draw<2>{*next_, chains});
+        aside.step();
+        ask(s + 2);
+        add_step<stays>(left, s + 3 - first, tiles + 6 * kTile, Draw<3>{*next_, chains});
+        aside.step();
+        ask(s + 3);
+        next_->end(chains);
+      }
+      for (; s < stop; ++s) {
+        add_step<stays>(left, s - first, right + s * 2 * kTile);
+        aside.step();
+        ask(s);
+      }
+    }
+    aside.rest();
+    if (end == p_.right.steps) {
+      add_ranks(p_, row / kRows, right + p_.right.steps * 2 * kTile, sum);
+      waiting_ = {sum, row, panel * kPanel, std::min(kRows, p_.rows - row)};
+    } else {
+      store_sums(sum);
+      waiting_ = {};
+    }
+    settle();
+  }
+
+  // Whether there is a mask to draw, which next_ points to.
+  COLLM_TILES_INLINE bool draws() {
+    while (next_ < p_.next + p_.nexts && !next_->more()) {
+      ++next_;
+    }
+    return next_ < p_.next + p_.nexts;
+  }
+
+  const Product& p_;
+  avx512::Drawing* next_ = p_.next;
+  alignas(64) float sums_[kPartRows / kRows][1024];
+  Waiting waiting_{};
+};
+
+template <Write write>
+COLLM_TILES_INLINE void multiply_as(const Product& p) {
+  Multiply<write> product(p);
+  if (p.right.steps <= kRowSteps) {
+    product.by_rows();
+  } else {
+    product.by_panels();
+  }
+}
+
+COLLM_TILES_INLINE void multiply(const Product& p) {
+  if (p.masks() == 0 && !p.add) {
+    multiply_as<Write::plain>(p);
+  } else if (p.masks() == 1 && p.count == 1 && p.start == nullptr && !p.add) {
+    multiply_as<Write::masked>(p);
+  } else {
+    multiply_as<Write::any>(p);
+  }
+}
+
+}  // namespace collm::lora::tiles
+
+#endif
