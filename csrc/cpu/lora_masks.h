@@ -1,7 +1,7 @@
 // The dropout mask by AVX-512, as bits: Philox in 64-bit lanes, four rows by 64 columns at a time.
 //
 // Drawing is work for the vector units alone. What leaves those idle, a product on AMX tiles, hands it out in slices
-// between its own instructions: there it costs less than half of what it costs alone.
+// between its own instructions: there it costs about half of what it costs alone.
 #pragma once
 
 #include "lora_rows.h"

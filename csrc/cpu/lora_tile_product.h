@@ -234,7 +234,7 @@ class Multiply {
   // The panels that a second-level cache holds pass by the rows that stay in the first.
   COLLM_TILES_INLINE void by_rows() {
     const int64_t panels = p_.right.panels(), bytes = p_.right.all() * 2 * kTile * 2;
-    const int64_t blocks = (panels * bytes + kPanelBytes - 1) / kPanelBytes;
+    const int64_t blocks = std::max<int64_t>(1, (panels * bytes + kPanelBytes - 1) / kPanelBytes);
     for (int64_t b = 0; b < blocks; ++b) {
       for (int64_t row = 0; row < p_.rows; row += kRows) {
         for (int64_t panel = panels * b / blocks; panel < panels * (b + 1) / blocks; ++panel) {
@@ -275,7 +275,7 @@ class Multiply {
   COLLM_TILES_INLINE void add(int64_t row, int64_t panel, int64_t begin, int64_t end, float* sum,
                               const uint16_t* next) {
     const uint16_t* right = p_.right.panel(panel);
-    const int64_t share = (16 + end - begin) / std::max<int64_t>(end - begin, 1);
+    const int64_t steps = std::max<int64_t>(1, end - begin), share = (16 + steps - 1) / steps;
     Aside<write> aside(p_, waiting_, p_.out + row * p_.right.outputs + panel * kPanel, share);
     const auto ask = [&](int64_t s) COLLM_TILES {
       for (int64_t w = 0; stays == Stays::right && w < kShare; w += 32) {

@@ -187,6 +187,18 @@ def test_arithmetic_of_strides(device: str) -> None:
         check(Case(x, weights, biases, As, Bs, [*grads, base.grads[2]]), **drop(device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_arithmetic_without_terms(device: str, dtype: torch.dtype) -> None:
+    """No columns of x: y is the bias. No outputs: dx is zero."""
+    x, bias = torch.zeros(300, 0, dtype=dtype, device=device), torch.randn(33).to(device, dtype)
+    ys = lora_linear_group(x, [x.new_zeros(33, 0), x.new_zeros(20, 0)], [bias, None], [None] * 2, [None] * 2, SCALING)
+    assert torch.equal(ys[0], bias.expand(300, 33)) and ys[1].shape == (300, 20) and not ys[1].any()
+    x = torch.randn(300, 33).to(device, dtype).requires_grad_()
+    ys = lora_linear_group(x, [x.new_zeros(0, 33)], [None], [None], [None], SCALING)
+    assert not torch.autograd.grad(ys, [x], [x.new_zeros(300, 0)])[0].any()
+
+
 @requires("native")
 @pytest.mark.skipif(in_child(), reason="needs the compiled libraries")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
