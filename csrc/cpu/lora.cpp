@@ -154,7 +154,7 @@ void forward_into(const Tensor& x, const Projection& of, double scaling, double 
                   const Tensor& s) {
   using W = typename Wide<T>::type;
   const int64_t M = x.size(0), K = x.size(1);
-  const bool own = Own<T>::serves(M, K);
+  const bool own = Own<T>::serves({M, K, K, of.weight.size(0)});
   Factors<T> factors;
   Forward<T> f{};
   f.x = static_cast<const T*>(x.data_ptr());
@@ -330,7 +330,7 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
   Factors<T> factors;
   std::vector<Backward<T>> all;
   std::vector<bool> reads;  // whether a projection has a pass over its rows
-  int64_t terms = 0;
+  int64_t terms = 0, widest = 0;
   bool begun = false;
   for (const Gradient& g : group) {
     Backward<T> f{};
@@ -347,10 +347,10 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
       f.a = factors.of_A(*g.of.lora_A), f.b = factors.of_B(*g.of.lora_B);
       f.add = std::exchange(begun, true);
     }
-    terms += f.N;
+    terms += f.N, widest = std::max(widest, f.N);
     all.push_back(f);
   }
-  const bool own = dx && Own<T>::serves(M, terms);
+  const bool own = dx && Own<T>::serves({M, terms, widest, K});
   const Sums<T> sums(group, all, M, own);
   if constexpr (has_own<T>) {
     if (own) {

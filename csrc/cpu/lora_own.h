@@ -16,10 +16,15 @@
 
 namespace collm::lora {
 
-// Whether they compute the product of a dtype over so many rows and terms, and how.
+// What a product is asked for: rows, the terms of all projections together and of the widest, outputs.
+struct Asked {
+  int64_t M, terms, widest, outputs;
+};
+
+// Whether they compute the product of a dtype, and how.
 template <typename T>
 struct Own {
-  static bool serves(int64_t, int64_t) { return false; }
+  static bool serves(const Asked&) { return false; }
 };
 // One frozen weight that goes into a right factor, and the factor of its rank.
 struct Frozen {
@@ -80,7 +85,7 @@ struct Own<float> {
   using Packed = lora::Packed<float, product::Right, product::Part>;
   // On fewer rows the vendor's product makes up for the pass around it: it need not pack the weight.
   static constexpr int64_t kFewRows = 256;
-  static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && product::Right::serves(terms); }
+  static bool serves(const Asked& a) { return a.M >= kFewRows && product::Right::serves(a.terms); }
   static constexpr int64_t kPieces = 1;
   static constexpr auto kPlace = nullptr;
   static int64_t rank_rows(int64_t r) { return padded(r); }
@@ -116,8 +121,11 @@ template <>
 struct Own<torch::headeronly::BFloat16> {
   using T = torch::headeronly::BFloat16;
   using Packed = lora::Packed<T, tiles::Right, tiles::Part>;
-  static constexpr int64_t kFewRows = 32;
-  static bool serves(int64_t M, int64_t terms) { return M >= kFewRows && tiles::Right::serves(terms); }
+  // On fewer rows, or on fewer than one for so many numbers of the weight, it does not pay to pack that.
+  static constexpr int64_t kFewRows = 32, kNumbersPerRow = int64_t{8} << 10;
+  static bool serves(const Asked& a) {
+    return a.M >= kFewRows && a.terms * a.outputs <= kNumbersPerRow * a.M && tiles::Right::serves(a.widest);
+  }
   static constexpr int64_t kPieces = tiles::kPieces;
   static constexpr auto kPlace = &tiles::interleaved;
   static int64_t rank_rows(int64_t r) { return tiles::RankRight{0, r}.width(); }

@@ -28,7 +28,8 @@ constexpr int64_t kTile = 16 * 32;   // bfloat16 numbers of one tile: 16 rows of
 constexpr int64_t kPanel = 32;       // outputs, two tiles side by side; kRows = 32 rows are two tiles too
 constexpr int64_t kStep = 32;        // terms of the contraction that one tile holds
 constexpr int64_t kBlockRows = 256;  // rows of a product that share a second-level cache with the right factor's panels
-constexpr int64_t kParts = 3;        // products of high and low halves: high high, low high, high low
+constexpr int64_t kMostTerms = 2048;  // of one projection: kBlockRows rows of more would leave that cache
+constexpr int64_t kParts = 3;         // products of high and low halves: high high, low high, high low
 
 COLLM_INLINE int64_t steps_of(int64_t terms) { return round_up(terms, kStep) / kStep; }
 
@@ -47,7 +48,7 @@ struct Right {
   int64_t outputs, steps = 0, added = 0;
   const uint16_t* data = nullptr;
 
-  static bool serves(int64_t) { return has_tiles(); }
+  static bool serves(int64_t widest) { return has_tiles() && widest <= kMostTerms; }
   Part add(int64_t terms, int64_t r) {
     const Part part{terms, r, steps, added};
     steps += part.steps(), added += part.added();

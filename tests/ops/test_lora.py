@@ -163,6 +163,9 @@ def test_arithmetic_of_strides(device: str) -> None:
         (531, 576, 1400, 8),  # the panels of the weight in two parts, masks drawn beside the products before
         (290, 1024, 70, 13),  # rows that would all fall on the same sets of a cache
         (290, 70, 1024, 16),
+        (35, 1100, 1200, 5),  # too few rows for so large a weight
+        (290, 2100, 40, 5),  # too wide in one direction, and in the other
+        (290, 40, 2100, 5),
     ],
 )
 def test_kernels_of_our_own(dtype: torch.dtype, M: int, K: int, N: int, r: int) -> None:
