@@ -277,11 +277,6 @@ class Multiply {
     const uint16_t* right = p_.right.panel(panel);
     const int64_t steps = std::max<int64_t>(1, end - begin), share = (16 + steps - 1) / steps;
     Aside<write> aside(p_, waiting_, p_.out + row * p_.right.outputs + panel * kPanel, share);
-    const auto ask = [&](int64_t s) COLLM_TILES {
-      for (int64_t w = 0; stays == Stays::right && w < kShare; w += 32) {
-        _mm_prefetch(reinterpret_cast<const char*>(next + (s - begin) * 2 * kTile + w), _MM_HINT_T1);
-      }
-    };
     settle();
     if (begin == 0) {
       zero_sums();
@@ -292,29 +287,26 @@ class Multiply {
       const Side& side = p_.sides[n];
       const Left left = side.left[row / kRows];
       const int64_t first = side.part.first, stop = std::min(end, first + side.part.steps());
+      // Always inlined: the chains of `between` have to stay in registers.
+      const auto step = [&](int64_t s, const auto& between) COLLM_TILES __attribute__((always_inline)) {
+        add_step<stays>(left, s - first, right + s * 2 * kTile, between);
+        aside.step();
+        for (int64_t w = 0; stays == Stays::right && w < kShare; w += 32) {
+          _mm_prefetch(reinterpret_cast<const char*>(next + (s - begin) * 2 * kTile + w), _MM_HINT_T1);
+        }
+      };
       int64_t s = std::max(begin, first);
       for (; s + 4 <= stop && draws(); s += 4) {
         avx512::Drawing::Chains chains;
         next_->begin(chains);
-        const uint16_t* tiles = right + s * 2 * kTile;
-        add_step<stays>(left, s - first, tiles, Draw<0>{*next_, chains});
-        aside.step();
-        ask(s);
-        add_step<stays>(left, s + 1 - first, tiles + 2 * kTile, Draw<1>{*next_, chains});
-        aside.step();
-        ask(s + 1);
-        add_step<stays>(left, s + 2 - first, tiles + 4 * kTile, Draw<2>{*next_, chains});
-        aside.step();
-        ask(s + 2);
-        add_step<stays>(left, s + 3 - first, tiles + 6 * kTile, Draw<3>{*next_, chains});
-        aside.step();
-        ask(s + 3);
+        step(s, Draw<0>{*next_, chains});
+        step(s + 1, Draw<1>{*next_, chains});
+        step(s + 2, Draw<2>{*next_, chains});
+        step(s + 3, Draw<3>{*next_, chains});
         next_->end(chains);
       }
       for (; s < stop; ++s) {
-        add_step<stays>(left, s - first, right + s * 2 * kTile);
-        aside.step();
-        ask(s);
+        step(s, Idle{});
       }
     }
     aside.rest();
