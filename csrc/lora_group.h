@@ -157,10 +157,10 @@ struct Backwards {
       : dx(wants_dx ? new_rows(grad, leading(grad), weight.size(1), grad.scalar_type()) : none(grad)),
         wants_dx(wants_dx) {}
 
-  static Tensor none(const Tensor& like) { return torch::stable::new_empty(like, std::vector<int64_t>{0}); }
+  static Tensor none(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
   static Tensor made_if(bool wanted, const Tensor& like) {
     const auto sizes = like.sizes();
-    return wanted ? torch::stable::new_empty(like, std::vector<int64_t>(sizes.begin(), sizes.end())) : none(like);
+    return wanted ? empty(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type()) : none(like);
   }
   void add(const Projection& of, const Tensor& grad, const Tensor& x, const Tensor& s, bool dA, bool dB) {
     const Tensor &A = of.lora_A ? *of.lora_A : grad, &B = of.lora_B ? *of.lora_B : grad;

@@ -9,6 +9,7 @@
 #include "lora_own.h"
 #include "lora_rows.h"
 #include "lora_scratch.h"
+#include "lora_sums.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -101,6 +102,9 @@ struct Unpacked {
   int64_t stride;
   Buffer<W> buffer;
 
+  explicit Unpacked(int64_t C) : stride(factor_stride(C)), buffer(padded(1) * stride) {
+    std::fill_n(buffer.data(), padded(1) * stride, W(0));
+  }
   Unpacked(const Tensor& t, int64_t si, int64_t sj, int64_t r, int64_t C)
       : stride(factor_stride(C)), buffer(padded(r) * stride) {
     COLLM_DISPATCH(t.scalar_type(), (copy_factor<W, scalar_t>(t, si, sj, r, C, stride, buffer.data())));
@@ -139,6 +143,7 @@ class Factors {
   Factor<W> of_A(const Tensor& t) { return keep(Unpacked<W>::of_A(t)); }
   Factor<W> of_B(const Tensor& t) { return keep(Unpacked<W>::of_B(t)); }
   const W* of_bias(const Tensor& t) { return keep(Unpacked<W>::of_bias(t)).data; }
+  const W* zeros(int64_t n) { return keep(Unpacked<W>(n)).data; }
 
  private:
   Factor<W> keep(Unpacked<W>&& factor) {
@@ -165,9 +170,10 @@ void forward_into(const Tensor& x, const Projection& of, double scaling, double 
     f.dropout = dropout(dropout_p, of.seed, of.stream);
     f.a = factors.of_A(*of.lora_A), f.b = factors.of_B(*of.lora_B);
   }
-  if (f.r > 0 || own) {
-    const std::array<int64_t, 1> one{f.N};
-    f.bias = factors.of_bias(of.bias ? *of.bias : torch::stable::new_zeros(x, one));
+  if (of.bias && (f.r > 0 || own)) {
+    f.bias = factors.of_bias(*of.bias);
+  } else if (f.r > 0 && !own) {
+    f.bias = factors.zeros(f.N);
   }
   if constexpr (has_own<T>) {
     if (own) {
@@ -222,53 +228,6 @@ int64_t partial_sums(int64_t M, int64_t bytes_each) {
   return std::max<int64_t>(1, std::min(wanted, (int64_t{64} << 20) / std::max<int64_t>(bytes_each, 1)));
 }
 
-using Place = int64_t (*)(int64_t);
-
-// out [R, C] = scale times the sums of all parts, added in order. Element (i, j) of a part is the sum of `pieces`
-// numbers, `piece` apart, from i * row_step + j * column_step on; one of the steps is 1, and what lies side by side may
-// have places of its own.
-template <typename W>
-struct Partial {
-  const W* data;
-  int64_t parts, size, row_step, column_step, pieces, piece;
-  Place place;  // null: where it belongs
-  W scale;
-
-  // Sixty-four elements that lie side by side in a part at a time.
-  template <typename T>
-  void reduce_into(const Tensor& out) const {
-    constexpr int64_t kBeside = 64, kWhole = 32;  // places stay within so many
-    const bool down = row_step == 1;
-    const int64_t R = out.size(0), C = out.size(1), lanes = down ? R : C, others = down ? C : R;
-    T* to = static_cast<T*>(out.data_ptr());
-    const int64_t grain = std::max<int64_t>(1, kBeside / std::max<int64_t>(others, 1));
-    torch::stable::parallel_for(0, (lanes + kBeside - 1) / kBeside, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t o = 0; o < others; ++o) {
-        for (int64_t l0 = begin * kBeside; l0 < std::min(end * kBeside, lanes); l0 += kBeside) {
-          const int64_t n = std::min(kBeside, lanes - l0), held = place == nullptr ? n : round_up(n, kWhole);
-          std::array<W, kBeside> sums{}, whole;
-          for (int64_t p = 0; p < parts; ++p) {
-            const W* from = data + p * size + o * (down ? column_step : row_step) + l0;
-            std::copy_n(from, held, whole.data());
-            for (int64_t i = 1; i < pieces; ++i) {
-              for (int64_t l = 0; l < held; ++l) {
-                whole[l] += from[l + i * piece];
-              }
-            }
-            for (int64_t l = 0; l < held; ++l) {
-              sums[l] += whole[l];
-            }
-          }
-          for (int64_t l = 0; l < n; ++l) {
-            const int64_t at = place == nullptr ? l : place(l);
-            to[down ? (l0 + l) * C + o : o * C + l0 + l] = static_cast<T>(scale * sums[at]);
-          }
-        }
-      }
-    });
-  }
-};
-
 // The sums of dA and dB of a whole call: in as many parts for every projection.
 template <typename T>
 class Sums {
@@ -298,24 +257,34 @@ class Sums {
   }
 
   void reduce(const Backward<T>& f, const Gradient& g) const {
-    const Parts<W>& p = f.parts;
-    if (g.x) {
-      const Partial<W> sums{p.data_A, p.count, p.size_A, f.a.stride, 1, pieces_, f.r * f.a.stride, place_, W(1)};
-      COLLM_DISPATCH(g.dA.scalar_type(), sums.template reduce_into<scalar_t>(g.dA));
+    if constexpr (has_own<T>) {
+      if (pieces_ > 1) {
+        reduce_as<Own<T>::kPieces>(f, g);
+        return;
+      }
     }
-    if (g.s) {
-      const Partial<W> sums{p.data_B, p.count, p.size_B, 1, f.b.stride, pieces_, f.r * f.b.stride, place_, f.scaling};
-      COLLM_DISPATCH(g.dB.scalar_type(), sums.template reduce_into<scalar_t>(g.dB));
-    }
+    reduce_as<1>(f, g);
   }
 
  private:
+  template <int64_t Pieces>
+  void reduce_as(const Backward<T>& f, const Gradient& g) const {
+    const Parts<W>& p = f.parts;
+    if (g.x) {
+      const Partial<W, Pieces> sums{p.data_A, p.count, p.size_A, f.a.stride, 1, f.r * f.a.stride, place_, W(1)};
+      COLLM_DISPATCH(g.dA.scalar_type(), sums.template reduce_into<scalar_t>(g.dA));
+    }
+    if (g.s) {
+      const Partial<W, Pieces> sums{p.data_B, p.count, p.size_B, 1, f.b.stride, f.r * f.b.stride, place_, f.scaling};
+      COLLM_DISPATCH(g.dB.scalar_type(), sums.template reduce_into<scalar_t>(g.dB));
+    }
+  }
   W* room(int64_t size) {
     buffers_.emplace_back(size);
     return buffers_.back().data();
   }
   int64_t pieces_ = 1;
-  Place place_ = nullptr;
+  PlaceFn place_ = nullptr;
   std::vector<Buffer<W>> buffers_;
 };
 

@@ -128,8 +128,8 @@ class Drawing {
   COLLM_AVX512_INLINE void slice(Chains& chains) const {
     constexpr int round = 10 - kRounds + Slice / 2, half = kGroup / 2;
     const Ahead& ahead = ahead_[Slice / 8];
-    for (int64_t b = Slice / kGroup % 2 * 64; b < ahead.bytes; b += 128) {
-      _mm_prefetch(ahead.data + Slice % kGroup * ahead.stride + b, Hint);
+    if (ahead.bytes > 0) {
+      _mm_prefetch(ahead.data + Slice % 8 * 64, Hint);
     }
 #pragma GCC unroll 2
     for (int g = Slice % 2 * half; g < Slice % 2 * half + half; ++g) {
@@ -148,11 +148,11 @@ class Drawing {
     }
     column_ += 64;
     for (Ahead& ahead : ahead_) {
-      ahead.data += ahead.bytes;
+      ahead.data += kGroup * ahead.bytes;
     }
     if (column_ >= n_) {
       for (Ahead& ahead : ahead_) {
-        ahead.data += kGroup * ahead.stride - column_ / 64 * ahead.bytes;
+        ahead.data += kGroup * ahead.stride - column_ / 64 * kGroup * ahead.bytes;
       }
       column_ = 0, row_done_ += kGroup;
       enter_rows();

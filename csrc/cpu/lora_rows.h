@@ -52,7 +52,7 @@ struct Forward {
   const T* x;
   int64_t x_stride, K, N, r;
   Factor<W> a, b;  // A and B^T
-  const W* bias;   // [b.stride]
+  const W* bias;   // [b.stride]; null, for a product of our own: none
   W scaling;
   Dropout dropout;
   T* y;

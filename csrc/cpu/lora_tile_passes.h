@@ -141,29 +141,32 @@ struct Summed {
   int64_t keep_row;
   int64_t rows;  // that exist; those of what is not masked all do
 
-  template <bool Masked>
-  COLLM_TILES_INLINE __m512i load(int64_t i, int64_t t) const {
-    const uint16_t* from = (i < 16 ? upper : lower) + i % 16 * row + t / kStep * step;
-    if constexpr (!Masked) {
-      return _mm512_loadu_si512(from);
-    }
-    uint32_t bits;
-    std::memcpy(&bits, keep + i * keep_row + t / 16, sizeof(bits));
-    return _mm512_maskz_loadu_epi16(bits, from);
-  }
 };
 
 // The columns t .. t + 31 of those rows as two tiles of a right factor whose terms are the rows. Rows are paired within
 // quarters of a vector, by one instruction, so the columns of the two tiles are those of `interleaved`.
 template <bool Masked>
 COLLM_TILES_INLINE void pair_rows(const Summed& v, int64_t t, uint16_t* out) {
-  const __m512i zero = _mm512_setzero_si512();
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < 32; i += 2) {
-    const __m512i a = !Masked || i < v.rows ? v.load<Masked>(i, t) : zero;
-    const __m512i b = !Masked || i + 1 < v.rows ? v.load<Masked>(i + 1, t) : zero;
-    _mm512_store_si512(out + 16 * i, _mm512_unpacklo_epi16(a, b));
-    _mm512_store_si512(out + kTile + 16 * i, _mm512_unpackhi_epi16(a, b));
+  for (int64_t half = 0; half < 2; ++half) {
+    const uint16_t* from = (half == 0 ? v.upper : v.lower) + t / kStep * v.step;
+    const uint16_t* keep = Masked ? v.keep + half * 16 * v.keep_row + t / 16 : nullptr;
+    const auto load = [&](int64_t i) COLLM_TILES {
+      if constexpr (!Masked) {
+        return _mm512_loadu_si512(from + i * v.row);
+      }
+      uint32_t bits = 0;
+      if (i < v.rows - 16 * half) {
+        std::memcpy(&bits, keep + i * v.keep_row, sizeof(bits));
+      }
+      return _mm512_maskz_loadu_epi16(bits, from + i * v.row);
+    };
+    // Rolled: the addresses of 32 rows at once would not fit in registers.
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < 16; i += 2, out += 32) {
+      const __m512i a = load(i), b = load(i + 1);
+      _mm512_store_si512(out, _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(out + kTile, _mm512_unpackhi_epi16(a, b));
+    }
   }
 }
 
@@ -244,28 +247,29 @@ struct Outer {
 
 // Numbers of 16 bits that a call works in: the left factor where it is packed, the rank's steps, two masks.
 inline int64_t forward_scratch(const Right& right, int64_t K) {
-  return kBlockRows * (right.all() * kStep + 2 * avx512::keep_stride(K));
+  return block_rows(right) * (right.all() * kStep + 2 * avx512::keep_stride(K));
 }
 
 // y = [x | scaling s] [W | B]^T + b and s for the rows begin .. end - 1.
 COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& right, const Part& part,
                                      const RankRight& rank, int64_t begin, int64_t end, uint16_t* scratch) {
   const int64_t rp = round_up(f.r, 16), stride = avx512::keep_stride(f.K);
+  const int64_t block_of = block_rows(right);
   const __m512 scaling = _mm512_set1_ps(f.scaling);
-  uint16_t *added = scratch + kBlockRows * right.steps * kStep, *keep = added + kBlockRows * right.added * kStep;
-  uint16_t* next_keep = keep + kBlockRows * stride;
+  uint16_t *added = scratch + block_of * right.steps * kStep, *keep = added + block_of * right.added * kStep;
+  uint16_t* next_keep = keep + block_of * stride;
   alignas(64) float s[kRows * kMaxRank], pieces[kRows * kPieces * kMaxRank];
   alignas(64) uint16_t masked[2][2 * kTile];
   Left left[kBlockRows / kRows];
   const auto mask_from = [&](int64_t m0, uint16_t* to) COLLM_TILES {
-    const int64_t rows = f.r == 0 ? 0 : std::min(kBlockRows, end - m0);
+    const int64_t rows = f.r == 0 ? 0 : std::min(block_of, end - m0);
     const avx512::Ahead ahead = avx512::Ahead::of(f.x + m0 * f.x_stride, f.x_stride);
     return avx512::Drawing(f.dropout, static_cast<uint64_t>(m0), rows, 0, f.K, to, stride, {ahead});
   };
   configure();
   avx512::Drawing drawing = mask_from(begin, keep);
-  for (int64_t m0 = begin; m0 < end; m0 += kBlockRows) {
-    const int64_t last = std::min(m0 + kBlockRows, end);
+  for (int64_t m0 = begin; m0 < end; m0 += block_of) {
+    const int64_t last = std::min(m0 + block_of, end);
     drawing.rest<_MM_HINT_T1>();
     for (int64_t m = m0; m < last; m += kRows) {
       const int64_t rows = std::min(kRows, last - m), block = (m - m0) / kRows;
@@ -319,6 +323,11 @@ struct Work {
     keep = ds + kBlockRows * rank.width();
     next_keep = keep + kBlockRows * keep_stride;
     return memory + scratch();
+  }
+  // What it brings to the product of the rows from `done` on.
+  Side side(int64_t done) const {
+    const int64_t block = done / kRows;
+    return {left + block, added + block * part.added() * 2 * kTile, part, keep + done * keep_stride, keep_stride};
   }
 };
 
@@ -385,37 +394,57 @@ COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_
 COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& group, const Right& right,
                                       std::vector<Work>& works, int64_t begin, int64_t end, float* masked) {
   const Backward<BFloat16>& any = group.front();
-  const int64_t count = static_cast<int64_t>(group.size());
+  const int64_t count = static_cast<int64_t>(group.size()), block = block_rows(right);
   const auto rows_of = [&](int64_t part) { return any.parts.begin(part + 1) - any.parts.begin(part); };
   // So many rows of x and dy stay in the second-level cache until they are read a second time.
-  constexpr int64_t kSumBytes = int64_t{768} << 10;
+  constexpr int64_t kSumBytes = int64_t{384} << 10;
+  const auto run_of = [&](const Backward<BFloat16>& f) {
+    return std::clamp<int64_t>(kSumBytes / (2 * (f.K + f.N)) / kRows, 2, kBlockRows / kRows) * kRows;
+  };
   std::vector<Side> sides(group.size());
   std::vector<avx512::Drawing> drawings(group.size());
   configure();
   for (int64_t n = 0; n < count; ++n) {
-    drawings[n] = mask_from(group[n], any.parts.begin(begin), std::min(kBlockRows, rows_of(begin)), works[n].keep);
+    drawings[n] = mask_from(group[n], any.parts.begin(begin), std::min(block, rows_of(begin)), works[n].keep);
   }
   for (int64_t part = begin; part < end; ++part) {
     const int64_t first = any.parts.begin(part), stop = any.parts.begin(part + 1);
-    for (int64_t m0 = first; m0 < stop; m0 += kBlockRows) {
-      const int64_t last = std::min(m0 + kBlockRows, stop);
+    for (int64_t m = first, m0 = first; m < stop; m += block) {
+      const int64_t last = std::min(m + block, stop), done = m - m0;
       const int64_t more = last < stop ? stop - last : part + 1 < end ? rows_of(part + 1) : 0;
+      const bool ends = last == stop || last - m0 == kBlockRows;
+      const auto add = [&](int64_t n, int64_t from, int64_t to) COLLM_TILES {
+        const Backward<BFloat16>& f = group[n];
+        add_sums(f, m0, from, to, works[n], from == first, f.parts.A(part), f.parts.B(part));
+      };
       for (int64_t n = 0; n < count; ++n) {
         const Backward<BFloat16>& f = group[n];
         Work& work = works[n];
         drawings[n].rest<_MM_HINT_T1>();
-        const int64_t run = std::clamp<int64_t>(kSumBytes / (2 * (f.K + f.N)) / kRows, 2, kBlockRows / kRows) * kRows;
-        for (int64_t m = m0; m < last; m += run) {
-          const int64_t end_of_run = std::min(m + run, last);
-          prepare(f, m0, m, end_of_run, work);
-          add_sums(f, m0, m, end_of_run, work, m == first, f.parts.A(part), f.parts.B(part));
+        const int64_t run = run_of(f);
+        for (int64_t from = m; from < last; from += run) {
+          const int64_t to = std::min(from + run, last);
+          prepare(f, m0, from, to, work);
+          if (run <= block) {
+            add(n, from, to);
+          }
         }
-        sides[n] = {work.left, work.added, work.part, work.keep, work.keep_stride};
-        drawings[n] = mask_from(f, last, std::min(kBlockRows, more), work.next_keep);
-        std::swap(work.keep, work.next_keep);
+        sides[n] = work.side(done);
+        uint16_t* keep = ends ? work.next_keep : work.keep + (last - m0) * work.keep_stride;
+        drawings[n] = mask_from(f, last, std::min(block, more), keep);
       }
-      multiply({sides.data(), count, right, last - m0, nullptr, masked, any.add, any.dx + m0 * any.K, drawings.data(),
+      multiply({sides.data(), count, right, last - m, nullptr, masked, any.add, any.dx + m * any.K, drawings.data(),
                 count});
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t run = run_of(group[n]);
+        if (run > block && (ends || (last - m0) % run == 0)) {
+          add(n, m0 + (last - m0 - 1) / run * run, last);
+        }
+        if (ends) {
+          std::swap(works[n].keep, works[n].next_keep);
+        }
+      }
+      m0 = ends ? last : m0;
     }
   }
   _tile_release();

@@ -22,6 +22,13 @@ constexpr int64_t kPartSteps = 16, kPartRows = 128;
 // Terms of projections side by side: more of kBlockRows rows would leave the second-level cache.
 constexpr int64_t kMaxTerms = 1024;
 
+// Rows of a product at a time. All panels pass by kRows rows where those stay in the first-level cache, so the pass that
+// feeds the product leaves them there; else a few panels, or a part of one, are read for as many rows as there can be.
+inline int64_t block_rows(const Right& right) {
+  const bool stay = right.steps <= kRowSteps && right.size() * static_cast<int64_t>(sizeof(uint16_t)) <= kPanelBytes;
+  return stay ? kRows : kBlockRows;
+}
+
 // Which factor's tiles of a block of sums stay in the first-level cache for the next one.
 enum class Stays { left, right };
 
@@ -120,29 +127,37 @@ template <Write write>
 class Aside {
  public:
   COLLM_TILES_INLINE Aside(const Product& p, const Waiting& w, const BFloat16* lines, int64_t share)
-      : p_(p), w_(w), outputs_(p.right.outputs), share_(share), pairs_(w.rows == kRows ? 16 : 0), lines_(lines) {
+      : p_(p),
+        w_(w),
+        outputs_(p.right.outputs),
+        more_(share - 1),
+        sums_(w.sums),
+        start_(p.start == nullptr ? nullptr : p.start + w.output),
+        masked_(p.masked),
+        to_(p.out + w.row * outputs_ + w.output),
+        lines_(lines) {
     const int64_t left = outputs_ - w.output;
     exist_ = left >= 32 ? ~0u : (1u << left) - 1u;
-    to_ = p.out + w.row * outputs_ + w.output;
+    whole_ = w.rows == kRows;
     if constexpr (write == Write::masked) {
-      bits_ = p.sides->keep + w.row * p.sides->keep_stride + w.output / 16;
+      keep_stride_ = p.sides->keep_stride;
+      bits_ = p.sides->keep + w.row * keep_stride_ + w.output / 16;
     }
   }
 
   // Rows that lie sixteen apart, for two tiles of sums do.
   COLLM_TILES_INLINE void step() {
     one();
-    for (int64_t n = 1; n < share_; ++n) {
+    for (int64_t n = more_; n > 0; --n) {
       one();
     }
   }
   COLLM_TILES_INLINE void rest() {
-    while (done_ < pairs_) {
+    while (whole_ && done_ < 16) {
       one();
     }
-    for (int64_t row = pairs_ > 0 ? kRows : 0; row < w_.rows; ++row) {
-      const int64_t stride = write == Write::masked ? p_.sides->keep_stride : 0;
-      write_row(row, row / 16 * 512 + row % 16 * 16, bits_ + row * stride, to_ + row * outputs_);
+    for (int64_t row = whole_ ? kRows : 0; row < w_.rows; ++row) {
+      write_row(row, row / 16 * 512 + row % 16 * 16, row);
     }
   }
 
@@ -152,33 +167,37 @@ class Aside {
       return;
     }
     _mm_prefetch(reinterpret_cast<const char*>(lines_), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(lines_ + 16 * outputs_), _MM_HINT_T1);
-    lines_ += outputs_;
-    if (pairs_ > 0) {
-      const int64_t stride = write == Write::masked ? p_.sides->keep_stride : 0;
-      write_row(done_, 16 * done_, bits_, to_);
-      write_row(done_ + 16, 16 * done_ + 512, bits_ + 16 * stride, to_ + 16 * outputs_);
-      to_ += outputs_, bits_ += stride;
+    _mm_prefetch(reinterpret_cast<const char*>(lines_ + 32), _MM_HINT_T1);
+    lines_ += 64;
+    if (whole_) {
+      write_row(done_, 0, 0);
+      write_row(done_ + 16, 512, 16);
+      to_ += outputs_, sums_ += 16, masked_ += 16;
+      if constexpr (write == Write::masked) {
+        bits_ += keep_stride_;
+      }
     }
     ++done_;
   }
 
-  // Row `row` of the sums that wait, which lies at `at`.
-  COLLM_TILES_INLINE void write_row(int64_t row, int64_t at, const uint16_t* bits, BFloat16* to) const {
-    __m512 a = _mm512_load_ps(w_.sums + at), b = _mm512_load_ps(w_.sums + at + 256);
-    if (write != Write::masked && p_.start != nullptr) {
-      a = _mm512_add_ps(a, _mm512_loadu_ps(p_.start + w_.output));
-      b = _mm512_add_ps(b, _mm512_loadu_ps(p_.start + w_.output + 16));
+  // Row `row` of the sums that wait, which lies at `at` from here on; its outputs are `down` rows below.
+  COLLM_TILES_INLINE void write_row(int64_t row, int64_t at, int64_t down) const {
+    __m512 a = _mm512_load_ps(sums_ + at), b = _mm512_load_ps(sums_ + at + 256);
+    BFloat16* to = to_ + down * outputs_;
+    if (write != Write::masked && start_ != nullptr) {
+      a = _mm512_add_ps(a, _mm512_loadu_ps(start_));
+      b = _mm512_add_ps(b, _mm512_loadu_ps(start_ + 16));
     }
     if constexpr (write == Write::masked) {
-      a = _mm512_mask_add_ps(a, bits[0], a, _mm512_load_ps(p_.masked + at));
-      b = _mm512_mask_add_ps(b, bits[1], b, _mm512_load_ps(p_.masked + at + 256));
+      const uint16_t* bits = bits_ + down * keep_stride_;
+      a = _mm512_mask_add_ps(a, bits[0], a, _mm512_load_ps(masked_ + at));
+      b = _mm512_mask_add_ps(b, bits[1], b, _mm512_load_ps(masked_ + at + 256));
     }
     for (int64_t n = 0; write == Write::any && n < p_.count; ++n) {
       const Side& side = p_.sides[n];
       if (side.masks()) {
         const uint16_t* kept = side.keep + (w_.row + row) * side.keep_stride + w_.output / 16;
-        const float* masked = p_.masked + n * 1024 + at;
+        const float* masked = masked_ + n * 1024 + at;
         a = _mm512_mask_add_ps(a, kept[0], a, _mm512_load_ps(masked));
         b = _mm512_mask_add_ps(b, kept[1], b, _mm512_load_ps(masked + 256));
       }
@@ -193,12 +212,14 @@ class Aside {
 
   const Product& p_;
   const Waiting w_;
-  const int64_t outputs_, share_, pairs_;
-  const BFloat16* lines_;
+  const int64_t outputs_, more_;
+  const float *sums_, *start_, *masked_;
   BFloat16* to_;
+  const BFloat16* lines_;
   const uint16_t* bits_ = nullptr;
+  int64_t keep_stride_ = 0, done_ = 0;
   __mmask32 exist_;
-  int64_t done_ = 0;
+  bool whole_;
 };
 
 // The ranks' steps of a block of sums: into `sum` itself, or beside it, where a mask acts on them.
@@ -276,7 +297,7 @@ class Multiply {
                               const uint16_t* next) {
     const uint16_t* right = p_.right.panel(panel);
     const int64_t steps = std::max<int64_t>(1, end - begin), share = (16 + steps - 1) / steps;
-    Aside<write> aside(p_, waiting_, p_.out + row * p_.right.outputs + panel * kPanel, share);
+    Aside<write> aside(p_, waiting_, p_.out + (row + kRows) * p_.right.outputs + panel * kPanel * kRows, share);
     settle();
     if (begin == 0) {
       zero_sums();

@@ -117,11 +117,10 @@ COLLM_TILES_INLINE void pack_tile(const uint16_t* w, int64_t term_stride, int64_
   }
 }
 
-// The lines of a tile that will be packed; it need not exist.
-COLLM_TILES_INLINE void ask_for_tile(const uint16_t* w, int64_t term_stride, int64_t output_stride) {
-  const int64_t lines = term_stride == 1 ? 16 : 32, stride = term_stride == 1 ? output_stride : term_stride;
-  for (int64_t i = 0; i < lines; ++i) {
-    _mm_prefetch(reinterpret_cast<const char*>(w + i * stride), _MM_HINT_T0);
+// The lines of n numbers that will be read; they need not exist.
+COLLM_TILES_INLINE void ask_for(const uint16_t* v, int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) {
+    _mm_prefetch(reinterpret_cast<const char*>(v + i), _MM_HINT_T1);
   }
 }
 
@@ -167,17 +166,33 @@ COLLM_TILES_INLINE void pack_added(Factor<float> factor, int64_t r, int64_t term
 COLLM_TILES inline void pack(const BFloat16* weight, int64_t term_stride, int64_t output_stride, Factor<float> factor,
                              const Right& right, const Part& part, int64_t begin, int64_t end, uint16_t* data) {
   const uint16_t* w = reinterpret_cast<const uint16_t*>(weight);
-  for (int64_t p = begin; p < end; ++p) {
-    uint16_t* panel = data + p * right.all() * 2 * kTile;
-    uint16_t* out = panel + part.first * 2 * kTile;
-    for (int64_t t = 0; t < part.steps() * kStep; t += kStep) {
-      for (int64_t o = p * kPanel; o < (p + 1) * kPanel; o += 16, out += kTile) {
-        ask_for_tile(w + t * term_stride + (o + kPanel) * output_stride, term_stride, output_stride);
-        pack_tile(w + t * term_stride + o * output_stride, term_stride, output_stride, part.terms - t,
-                  right.outputs - o, out);
+  const auto panel = [&](int64_t p) { return data + p * right.all() * 2 * kTile + part.first * 2 * kTile; };
+  const auto pair = [&](int64_t p, int64_t s) COLLM_TILES {
+    const int64_t t = s * kStep, o = p * kPanel;
+    const uint16_t* from = w + t * term_stride + o * output_stride;
+    uint16_t* out = panel(p) + s * 2 * kTile;
+    pack_tile(from, term_stride, output_stride, part.terms - t, right.outputs - o, out);
+    pack_tile(from + 16 * output_stride, term_stride, output_stride, part.terms - t, right.outputs - o - 16, out + kTile);
+  };
+  // Along the rows of the weight, and what will be packed is asked for in the order it lies in: the processor sees a
+  // stream.
+  if (term_stride == 1) {
+    for (int64_t p = begin; p < end; ++p) {
+      for (int64_t s = 0; s < part.steps(); ++s) {
+        ask_for(w + (p + 1) * kPanel * output_stride + s * kTile * 2, 2 * kTile);
+        pair(p, s);
       }
     }
-    out = panel + (right.steps + part.first_added) * 2 * kTile;
+  } else {
+    for (int64_t s = 0; s < part.steps(); ++s) {
+      for (int64_t p = begin; p < end; ++p) {
+        ask_for(w + (s + 1) * kStep * term_stride + p * kTile * 2, 2 * kTile);
+        pair(p, s);
+      }
+    }
+  }
+  for (int64_t p = begin; p < end; ++p) {
+    uint16_t* out = panel(p) + (right.steps - part.first + part.first_added) * 2 * kTile;
     for (int64_t t = 0; t < part.added() * kStep; t += kStep) {
       for (int64_t o = p * kPanel; o < (p + 1) * kPanel; o += 16, out += kTile) {
         pack_added(factor, part.r, t, o, out);
