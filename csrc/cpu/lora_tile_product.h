@@ -121,12 +121,18 @@ struct Waiting {
 // its mask keeps them. `any`: all else.
 enum class Write { plain, masked, any };
 
+// Lines of outputs that are asked for, two at a time: `other` from the first, `step` from two to the next two.
+struct Lines {
+  const BFloat16* first;
+  int64_t other, step;
+};
+
 // What is done at every step of a product besides: rows of the sums before are rounded, and the lines of as many
-// outputs of these ones are asked for. Few instructions: those of the next steps' tiles wait behind them.
+// outputs are asked for. Few instructions: those of the next steps' tiles wait behind them.
 template <Write write>
 class Aside {
  public:
-  COLLM_TILES_INLINE Aside(const Product& p, const Waiting& w, const BFloat16* lines, int64_t share)
+  COLLM_TILES_INLINE Aside(const Product& p, const Waiting& w, Lines lines, int64_t share)
       : p_(p),
         w_(w),
         outputs_(p.right.outputs),
@@ -166,9 +172,9 @@ class Aside {
     if (done_ == 16) {
       return;
     }
-    _mm_prefetch(reinterpret_cast<const char*>(lines_), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(lines_ + 32), _MM_HINT_T1);
-    lines_ += 64;
+    _mm_prefetch(reinterpret_cast<const char*>(lines_.first), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(lines_.first + lines_.other), _MM_HINT_T1);
+    lines_.first += lines_.step;
     if (whole_) {
       write_row(done_, 0, 0);
       write_row(done_ + 16, 512, 16);
@@ -215,7 +221,7 @@ class Aside {
   const int64_t outputs_, more_;
   const float *sums_, *start_, *masked_;
   BFloat16* to_;
-  const BFloat16* lines_;
+  Lines lines_;
   const uint16_t* bits_ = nullptr;
   int64_t keep_stride_ = 0, done_ = 0;
   __mmask32 exist_;
@@ -263,7 +269,7 @@ class Multiply {
         }
       }
     }
-    Aside<write>(p_, waiting_, p_.out, 0).rest();
+    Aside<write>(p_, waiting_, {}, 0).rest();
   }
 
   // A few rows pass by the part of a panel that stays in the first-level cache with their sums; what is asked for is
@@ -283,12 +289,24 @@ class Multiply {
         }
       }
     }
-    Aside<write>(p_, waiting_, p_.out, 0).rest();
+    Aside<write>(p_, waiting_, {}, 0).rest();
   }
 
  private:
   // Words of each pair of tiles that one of kBlockRows / kRows blocks of rows asks for.
   static constexpr int64_t kShare = 2 * kTile / (kBlockRows / kRows);
+
+  // What is asked for beside the sums of one block: its outputs, or, where all panels pass by the same rows, as many of
+  // the outputs of the next rows, in the order that they lie in.
+  template <Stays stays>
+  COLLM_TILES_INLINE Lines lines(int64_t row, int64_t panel) const {
+    const int64_t outputs = p_.right.outputs;
+    if constexpr (stays == Stays::left) {
+      return {p_.out + (row + kRows) * outputs + panel * kPanel * kRows, 32, 64};
+    } else {
+      return {p_.out + row * outputs + panel * kPanel, 16 * outputs, outputs};
+    }
+  }
 
   // The steps begin .. end - 1 of a block of sums; meanwhile this block's share of the steps from `next` on is asked
   // for.
@@ -297,7 +315,7 @@ class Multiply {
                               const uint16_t* next) {
     const uint16_t* right = p_.right.panel(panel);
     const int64_t steps = std::max<int64_t>(1, end - begin), share = (16 + steps - 1) / steps;
-    Aside<write> aside(p_, waiting_, p_.out + (row + kRows) * p_.right.outputs + panel * kPanel * kRows, share);
+    Aside<write> aside(p_, waiting_, lines<stays>(row, panel), share);
     settle();
     if (begin == 0) {
       zero_sums();
