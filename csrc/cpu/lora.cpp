@@ -270,12 +270,20 @@ class Sums {
   template <int64_t Pieces>
   void reduce_as(const Backward<T>& f, const Gradient& g) const {
     const Parts<W>& p = f.parts;
+    const auto of = [&](const W* data, int64_t size, int64_t stride, bool transposed, W scale) {
+      int64_t rank_step = stride, whole_step = Partial<W, Pieces>::kWhole;
+      if constexpr (Pieces > 1) {
+        rank_step = whole_step, whole_step *= Own<T>::rank_rows(f.r);
+      }
+      return Partial<W, Pieces>{data,       p.count, size, rank_step, whole_step, f.r * rank_step, place_,
+                                transposed, scale};
+    };
     if (g.x) {
-      const Partial<W, Pieces> sums{p.data_A, p.count, p.size_A, f.a.stride, 1, f.r * f.a.stride, place_, W(1)};
+      const auto sums = of(p.data_A, p.size_A, f.a.stride, false, W(1));
       COLLM_DISPATCH(g.dA.scalar_type(), sums.template reduce_into<scalar_t>(g.dA));
     }
     if (g.s) {
-      const Partial<W, Pieces> sums{p.data_B, p.count, p.size_B, 1, f.b.stride, f.r * f.b.stride, place_, f.scaling};
+      const auto sums = of(p.data_B, p.size_B, f.b.stride, true, f.scaling);
       COLLM_DISPATCH(g.dB.scalar_type(), sums.template reduce_into<scalar_t>(g.dB));
     }
   }

@@ -14,51 +14,53 @@ namespace collm::lora {
 
 using PlaceFn = int64_t (*)(int64_t);
 
-// out [R, C] = scale times the sums of all parts, added in order. Element (i, j) of a part is the sum of Pieces
-// numbers, `piece` apart, from i * row_step + j * column_step on; one of the steps is 1, and what lies side by side may
-// have places of its own.
+// out = scale times the sums of all parts, added in order: [ranks, columns], or transposed. What belongs to rank o and
+// column c is in each part the sum of Pieces numbers, `piece` apart, from c / kWhole * whole_step + o * rank_step on,
+// at place(c % kWhole).
 template <typename W, int64_t Pieces>
 struct Partial {
-  // Elements side by side that one thread takes at least; what it takes at a time stays in the first-level cache; places
-  // stay within so many.
-  static constexpr int64_t kBeside = 64, kHeld = 8192, kWhole = 32;
+  static constexpr int64_t kWhole = 32;
+  // Columns that one thread takes at least; what it takes at a time stays in the first-level cache.
+  static constexpr int64_t kBeside = 64, kHeld = 8192;
 
   const W* data;
-  int64_t parts, size, row_step, column_step, piece;
-  PlaceFn place;  // null: where it belongs
+  int64_t parts, size, rank_step, whole_step, piece;
+  PlaceFn place;  // null: in order, and so are the columns of all wholes
+  bool transposed;
   W scale;
 
   // Every part is read from its beginning to its end: the processor sees the next lines coming.
   template <typename T>
   void reduce_into(const Tensor& out) const {
-    const bool down = row_step == 1;
-    const int64_t R = out.size(0), C = out.size(1), lanes = down ? R : C, others = down ? C : R;
-    const int64_t other_step = down ? column_step : row_step;
+    const int64_t ranks = out.size(transposed ? 1 : 0), columns = out.size(transposed ? 0 : 1);
     T* to = static_cast<T*>(out.data_ptr());
     std::array<int64_t, kWhole> at;
-    for (int64_t l = 0; l < kWhole; ++l) {
-      at[l] = place == nullptr ? l : place(l);
+    for (int64_t c = 0; c < kWhole; ++c) {
+      at[c] = place == nullptr ? c : place(c);
     }
     const AddFn add = chosen();
-    const int64_t each = std::max<int64_t>(1, kHeld / kBeside / std::max<int64_t>(others, 1));
-    torch::stable::parallel_for(0, (lanes + kBeside - 1) / kBeside, each, [&](int64_t begin, int64_t end) {
+    const int64_t each = std::max<int64_t>(1, kHeld / kBeside / std::max<int64_t>(ranks, 1));
+    torch::stable::parallel_for(0, (columns + kBeside - 1) / kBeside, each, [&](int64_t begin, int64_t end) {
       const int64_t width = each * kBeside;
-      const Buffer<W> sums(others * width);
-      for (int64_t l0 = begin * kBeside; l0 < std::min(end * kBeside, lanes); l0 += width) {
-        const int64_t n = std::min({width, end * kBeside - l0, lanes - l0});
-        const int64_t held = place == nullptr ? n : round_up(n, kWhole);
-        std::fill_n(sums.data(), others * width, W(0));
+      const Buffer<W> sums(ranks * width);
+      for (int64_t c0 = begin * kBeside; c0 < std::min(end * kBeside, columns); c0 += width) {
+        const int64_t n = std::min({width, end * kBeside - c0, columns - c0});
+        const int64_t held = place == nullptr ? n : round_up(n, kWhole), run = place == nullptr ? held : kWhole;
+        std::fill_n(sums.data(), ranks * width, W(0));
         for (int64_t p = 0; p < parts; ++p) {
-          for (int64_t o = 0; o < others; ++o) {
-            add(data + p * size + o * other_step + l0, piece, held, sums.data() + o * width);
+          for (int64_t c = 0; c < held; c += run) {
+            const W* from = data + p * size + (c0 + c) / kWhole * whole_step;
+            for (int64_t o = 0; o < ranks; ++o) {
+              add(from + o * rank_step, piece, run, sums.data() + o * width + c);
+            }
           }
         }
-        for (int64_t o = 0; o < others; ++o) {
+        for (int64_t o = 0; o < ranks; ++o) {
           const W* sum = sums.data() + o * width;
-          T* first = to + (down ? l0 * C + o : o * C + l0);
-          const int64_t step = down ? C : 1;
-          for (int64_t l = 0; l < n; ++l) {
-            first[l * step] = static_cast<T>(scale * sum[l / kWhole * kWhole + at[l % kWhole]]);
+          T* first = to + (transposed ? c0 * ranks + o : o * columns + c0);
+          const int64_t step = transposed ? ranks : 1;
+          for (int64_t c = 0; c < n; ++c) {
+            first[c * step] = static_cast<T>(scale * sum[c / kWhole * kWhole + at[c % kWhole]]);
           }
         }
       }

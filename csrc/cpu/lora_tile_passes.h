@@ -170,13 +170,12 @@ COLLM_TILES_INLINE void pair_rows(const Summed& v, int64_t t, uint16_t* out) {
   }
 }
 
-// What is summed over up to kBlockRows rows: sum [width][stride] (= or +=) left^T [width][rows] by [rows][columns],
-// column c at interleaved(c).
+// What is summed over up to kBlockRows rows: sum [columns / 32][width][32] (= or +=) left^T [width][rows] by
+// [rows][columns], column c at interleaved(c). A run of 32 columns lies in one page: those of x and dy are many already.
 struct Outer {
   const uint16_t* left;  // [rows / kRows][width][kRows], see pack_rank_left
   int64_t width, row_blocks, columns;
   float* sum;
-  int64_t stride;
   bool fresh;
 
   // rows [row_blocks]
@@ -210,7 +209,8 @@ struct Outer {
     }
     int64_t used = 0;
     for (int64_t t = 0; t < columns; t += kStep) {
-      float *to = sum + c * stride + t, *below = to + 16 * stride;
+      constexpr int64_t stride = kStep;
+      float *to = sum + t * width + c * stride, *below = to + 16 * stride;
       zero_sums();
       if (!fresh) {
         _tile_loadd(0, to, stride * 4);
@@ -374,7 +374,7 @@ COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_
       const Left& left = work.left[done / kRows + block];
       rows[block] = {left.first, left.first + left.below, left.row_bytes / 2, left.step, nullptr, 0, kRows};
     }
-    const Outer outer{work.s + done * width, width, row_blocks, f.N, dB, f.b.stride, fresh};
+    const Outer outer{work.s + done * width, width, row_blocks, f.N, dB, fresh};
     outer.add<false>(rows);
   }
   if (f.x != nullptr) {
@@ -384,7 +384,7 @@ COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_
       const uint16_t* keep = work.keep + (m - m0) * work.keep_stride;
       rows[block] = {x, x + 16 * f.x_stride, f.x_stride, kStep, keep, work.keep_stride, std::min(kRows, last - m)};
     }
-    const Outer outer{work.ds + done * width, width, row_blocks, f.K, dA, f.a.stride, fresh};
+    const Outer outer{work.ds + done * width, width, row_blocks, f.K, dA, fresh};
     outer.add<true>(rows);
   }
 }
