@@ -55,16 +55,18 @@ COLLM_AVX512_INLINE uint64_t compare(const __m512i (&c)[4], __m512i threshold) {
   return left | right << 32;
 }
 
-// Rows that the mask or the next pass is for: they are asked for while it is drawn, which leaves memory idle.
+// Rows that the mask or the next pass is for: they are asked for while it is drawn, which leaves memory idle; in the
+// order that they lie in, where nothing is between them: then the processor sees a stream.
 struct Ahead {
   const char* data = nullptr;
   int64_t stride = 0;  // bytes
   int64_t bytes = 0;   // of 64 columns; 0: nothing is asked for
+  int64_t left = 0;    // bytes that are asked for where nothing is drawn
 
   template <typename T>
   static Ahead of(const T* rows, int64_t stride) {
     constexpr int64_t size = sizeof(T);
-    return rows == nullptr ? Ahead{} : Ahead{reinterpret_cast<const char*>(rows), stride * size, 64 * size};
+    return rows == nullptr ? Ahead{} : Ahead{reinterpret_cast<const char*>(rows), stride * size, 64 * size, 0};
   }
 };
 
@@ -93,8 +95,11 @@ class Drawing {
         ahead_(ahead),
         threshold_(d.threshold) {
     if (d.threshold == 0) {
-      for (; row_done_ < rows; ++row_done_) {
+      for (; row_done_ < rows_; ++row_done_) {
         keep_all(n, keep + row_done_ * stride);
+      }
+      for (Ahead& ahead : ahead_) {
+        ahead.left = ahead.bytes > 0 ? rows_ * ahead.stride : 0;
       }
       return;
     }
@@ -107,6 +112,18 @@ class Drawing {
   }
 
   bool more() const { return row_done_ < rows_; }
+
+  // Without dropout nothing is drawn, but what is ahead is wanted all the same: two lines of each.
+  template <_mm_hint Hint>
+  COLLM_AVX512_INLINE void ask() {
+    for (Ahead& ahead : ahead_) {
+      if (ahead.left > 0) {
+        _mm_prefetch(ahead.data, Hint);
+        _mm_prefetch(ahead.data + 64, Hint);
+        ahead.data += 128, ahead.left -= 128;
+      }
+    }
+  }
 
   COLLM_AVX512_INLINE void begin(Chains& chains) const {
     const __m512i lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
@@ -124,12 +141,15 @@ class Drawing {
   }
 
   // Each asks for a line or two of what is ahead: all at once would fill the buffers that every miss needs.
-  template <int Slice, _mm_hint Hint>
+  template <int Slice, _mm_hint Hint, int Lines = 2>
   COLLM_AVX512_INLINE void slice(Chains& chains) const {
     constexpr int round = 10 - kRounds + Slice / 2, half = kGroup / 2;
     const Ahead& ahead = ahead_[Slice / 8];
     if (ahead.bytes > 0) {
       _mm_prefetch(ahead.data + Slice % 8 * 64, Hint);
+    }
+    if (Lines > 1 && ahead.bytes > 128) {
+      _mm_prefetch(ahead.data + 512 + Slice % 8 * 64, Hint);
     }
 #pragma GCC unroll 2
     for (int g = Slice % 2 * half; g < Slice % 2 * half + half; ++g) {

@@ -262,7 +262,7 @@ COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& ri
   alignas(64) uint16_t masked[2][2 * kTile];
   Left left[kBlockRows / kRows];
   const auto mask_from = [&](int64_t m0, uint16_t* to) COLLM_TILES {
-    const int64_t rows = f.r == 0 ? 0 : std::min(block_of, end - m0);
+    const int64_t rows = std::min(block_of, end - m0);
     const avx512::Ahead ahead = avx512::Ahead::of(f.x + m0 * f.x_stride, f.x_stride);
     return avx512::Drawing(f.dropout, static_cast<uint64_t>(m0), rows, 0, f.K, to, stride, {ahead});
   };
@@ -325,9 +325,10 @@ struct Work {
     return memory + scratch();
   }
   // What it brings to the product of the rows from `done` on.
-  Side side(int64_t done) const {
+  Side side(int64_t done, bool masks) const {
     const int64_t block = done / kRows;
-    return {left + block, added + block * part.added() * 2 * kTile, part, keep + done * keep_stride, keep_stride};
+    const uint16_t* mask = masks ? keep + done * keep_stride : nullptr;
+    return {left + block, added + block * part.added() * 2 * kTile, part, mask, keep_stride};
   }
 };
 
@@ -361,7 +362,7 @@ COLLM_TILES_INLINE void prepare(const Backward<BFloat16>& f, int64_t m0, int64_t
 COLLM_TILES_INLINE avx512::Drawing mask_from(const Backward<BFloat16>& f, int64_t m, int64_t rows, uint16_t* to) {
   const avx512::Ahead x = f.x == nullptr ? avx512::Ahead{} : avx512::Ahead::of(f.x + m * f.x_stride, f.x_stride);
   const avx512::Ahead grad = avx512::Ahead::of(f.grad + m * f.grad_stride, f.grad_stride);
-  return {f.dropout, static_cast<uint64_t>(m), f.r == 0 ? 0 : rows, 0, f.K, to, avx512::keep_stride(f.K), {grad, x}};
+  return {f.dropout, static_cast<uint64_t>(m), rows, 0, f.K, to, avx512::keep_stride(f.K), {grad, x}};
 }
 
 // What the same rows add to dB^T and dA.
@@ -429,7 +430,7 @@ COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& gro
             add(n, from, to);
           }
         }
-        sides[n] = work.side(done);
+        sides[n] = work.side(done, f.dropout.threshold > 0);
         uint16_t* keep = ends ? work.next_keep : work.keep + (last - m0) * work.keep_stride;
         drawings[n] = mask_from(f, last, std::min(block, more), keep);
       }

@@ -44,7 +44,7 @@ struct Draw {
 
   template <int Product>
   COLLM_TILES_INLINE void at() const {
-    drawing.slice<4 * Step + Product, _MM_HINT_T1>(chains);
+    drawing.slice<4 * Step + Product, _MM_HINT_T1, 1>(chains);
   }
 };
 
@@ -346,6 +346,9 @@ class Multiply {
       }
       for (; s < stop; ++s) {
         step(s, Idle{});
+        if (asks_) {
+          ask();
+        }
       }
     }
     aside.rest();
@@ -367,8 +370,15 @@ class Multiply {
     return next_ < p_.next + p_.nexts;
   }
 
+  COLLM_TILES_INLINE void ask() const {
+    for (int64_t n = 0; n < p_.nexts; ++n) {
+      p_.next[n].template ask<_MM_HINT_T1>();
+    }
+  }
+
   const Product& p_;
   avx512::Drawing* next_ = p_.next;
+  const bool asks_ = p_.nexts > 0 && !p_.next->more();
   alignas(64) float sums_[kPartRows / kRows][1024];
   Waiting waiting_{};
 };
