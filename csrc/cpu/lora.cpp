@@ -270,21 +270,20 @@ class Sums {
   template <int64_t Pieces>
   void reduce_as(const Backward<T>& f, const Gradient& g) const {
     const Parts<W>& p = f.parts;
-    const auto of = [&](const W* data, int64_t size, int64_t stride, bool transposed, W scale) {
-      int64_t rank_step = stride, whole_step = Partial<W, Pieces>::kWhole;
+    const auto reduce_into = [&](const Tensor& out, const W* data, int64_t size, int64_t stride, bool transposed) {
+      Partial<W, Pieces> sums{data, p.count, size, stride};
       if constexpr (Pieces > 1) {
-        rank_step = whole_step, whole_step *= Own<T>::rank_rows(f.r);
+        sums.rank_step = sums.kWhole, sums.whole_step = sums.kWhole * Own<T>::rank_rows(f.r);
+        sums.piece = f.r * sums.rank_step;
       }
-      return Partial<W, Pieces>{data,       p.count, size, rank_step, whole_step, f.r * rank_step, place_,
-                                transposed, scale};
+      sums.place = place_, sums.transposed = transposed, sums.scale = transposed ? f.scaling : W(1);
+      COLLM_DISPATCH(out.scalar_type(), sums.template reduce_into<scalar_t>(out));
     };
     if (g.x) {
-      const auto sums = of(p.data_A, p.size_A, f.a.stride, false, W(1));
-      COLLM_DISPATCH(g.dA.scalar_type(), sums.template reduce_into<scalar_t>(g.dA));
+      reduce_into(g.dA, p.data_A, p.size_A, f.a.stride, false);
     }
     if (g.s) {
-      const auto sums = of(p.data_B, p.size_B, f.b.stride, true, f.scaling);
-      COLLM_DISPATCH(g.dB.scalar_type(), sums.template reduce_into<scalar_t>(g.dB));
+      reduce_into(g.dB, p.data_B, p.size_B, f.b.stride, true);
     }
   }
   W* room(int64_t size) {

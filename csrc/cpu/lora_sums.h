@@ -24,10 +24,10 @@ struct Partial {
   static constexpr int64_t kBeside = 64, kHeld = 8192;
 
   const W* data;
-  int64_t parts, size, rank_step, whole_step, piece;
-  PlaceFn place;  // null: in order, and so are the columns of all wholes
-  bool transposed;
-  W scale;
+  int64_t parts, size, rank_step, whole_step = kWhole, piece = 0;
+  PlaceFn place = nullptr;  // null: in order, and so are the columns of all wholes
+  bool transposed = false;
+  W scale = W(1);
 
   // Every part is read from its beginning to its end: the processor sees the next lines coming.
   template <typename T>

@@ -140,7 +140,6 @@ struct Summed {
   const uint16_t* keep;  // null: all are kept
   int64_t keep_row;
   int64_t rows;  // that exist; those of what is not masked all do
-
 };
 
 // The columns t .. t + 31 of those rows as two tiles of a right factor whose terms are the rows. Rows are paired within
@@ -171,7 +170,8 @@ COLLM_TILES_INLINE void pair_rows(const Summed& v, int64_t t, uint16_t* out) {
 }
 
 // What is summed over up to kBlockRows rows: sum [columns / 32][width][32] (= or +=) left^T [width][rows] by
-// [rows][columns], column c at interleaved(c). A run of 32 columns lies in one page: those of x and dy are many already.
+// [rows][columns], column c at interleaved(c). A run of 32 columns lies in one page: those of x and dy are many
+// already.
 struct Outer {
   const uint16_t* left;  // [rows / kRows][width][kRows], see pack_rank_left
   int64_t width, row_blocks, columns;
@@ -207,9 +207,9 @@ struct Outer {
     for (int64_t i = 0; i < kAhead; ++i) {
       pair();
     }
+    constexpr int64_t stride = kStep;
     int64_t used = 0;
     for (int64_t t = 0; t < columns; t += kStep) {
-      constexpr int64_t stride = kStep;
       float *to = sum + t * width + c * stride, *below = to + 16 * stride;
       zero_sums();
       if (!fresh) {
@@ -254,22 +254,22 @@ inline int64_t forward_scratch(const Right& right, int64_t K) {
 COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& right, const Part& part,
                                      const RankRight& rank, int64_t begin, int64_t end, uint16_t* scratch) {
   const int64_t rp = round_up(f.r, 16), stride = avx512::keep_stride(f.K);
-  const int64_t block_of = block_rows(right);
+  const int64_t at_once = block_rows(right);
   const __m512 scaling = _mm512_set1_ps(f.scaling);
-  uint16_t *added = scratch + block_of * right.steps * kStep, *keep = added + block_of * right.added * kStep;
-  uint16_t* next_keep = keep + block_of * stride;
+  uint16_t *added = scratch + at_once * right.steps * kStep, *keep = added + at_once * right.added * kStep;
+  uint16_t* next_keep = keep + at_once * stride;
   alignas(64) float s[kRows * kMaxRank], pieces[kRows * kPieces * kMaxRank];
   alignas(64) uint16_t masked[2][2 * kTile];
   Left left[kBlockRows / kRows];
   const auto mask_from = [&](int64_t m0, uint16_t* to) COLLM_TILES {
-    const int64_t rows = std::min(block_of, end - m0);
+    const int64_t rows = std::min(at_once, end - m0);
     const avx512::Ahead ahead = avx512::Ahead::of(f.x + m0 * f.x_stride, f.x_stride);
     return avx512::Drawing(f.dropout, static_cast<uint64_t>(m0), rows, 0, f.K, to, stride, {ahead});
   };
   configure();
   avx512::Drawing drawing = mask_from(begin, keep);
-  for (int64_t m0 = begin; m0 < end; m0 += block_of) {
-    const int64_t last = std::min(m0 + block_of, end);
+  for (int64_t m0 = begin; m0 < end; m0 += at_once) {
+    const int64_t last = std::min(m0 + at_once, end);
     drawing.rest<_MM_HINT_T1>();
     for (int64_t m = m0; m < last; m += kRows) {
       const int64_t rows = std::min(kRows, last - m), block = (m - m0) / kRows;
@@ -434,8 +434,8 @@ COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& gro
         uint16_t* keep = ends ? work.next_keep : work.keep + (last - m0) * work.keep_stride;
         drawings[n] = mask_from(f, last, std::min(block, more), keep);
       }
-      multiply({sides.data(), count, right, last - m, nullptr, masked, any.add, any.dx + m * any.K, drawings.data(),
-                count});
+      multiply(
+          {sides.data(), count, right, last - m, nullptr, masked, any.add, any.dx + m * any.K, drawings.data(), count});
       for (int64_t n = 0; n < count; ++n) {
         const int64_t run = run_of(group[n]);
         if (run > block && (ends || (last - m0) % run == 0)) {

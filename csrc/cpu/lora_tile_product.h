@@ -22,8 +22,9 @@ constexpr int64_t kPartSteps = 16, kPartRows = 128;
 // Terms of projections side by side: more of kBlockRows rows would leave the second-level cache.
 constexpr int64_t kMaxTerms = 1024;
 
-// Rows of a product at a time. All panels pass by kRows rows where those stay in the first-level cache, so the pass that
-// feeds the product leaves them there; else a few panels, or a part of one, are read for as many rows as there can be.
+// Rows of a product at a time. All panels pass by kRows rows where those stay in the first-level cache, so the pass
+// that feeds the product leaves them there; else a few panels, or a part of one, are read for as many rows as there can
+// be.
 inline int64_t block_rows(const Right& right) {
   const bool stay = right.steps <= kRowSteps && right.size() * static_cast<int64_t>(sizeof(uint16_t)) <= kPanelBytes;
   return stay ? kRows : kBlockRows;
@@ -178,9 +179,9 @@ class Aside {
     if (whole_) {
       write_row(done_, 0, 0);
       write_row(done_ + 16, 512, 16);
-      to_ += outputs_, sums_ += 16, masked_ += 16;
-      if constexpr (write == Write::masked) {
-        bits_ += keep_stride_;
+      to_ += outputs_, sums_ += 16;
+      if constexpr (write != Write::plain) {
+        masked_ += 16, bits_ += keep_stride_;
       }
     }
     ++done_;
@@ -222,7 +223,7 @@ class Aside {
   const float *sums_, *start_, *masked_;
   BFloat16* to_;
   Lines lines_;
-  const uint16_t* bits_ = nullptr;
+  const uint16_t* bits_ = nullptr;  // of the one mask, where `masked`
   int64_t keep_stride_ = 0, done_ = 0;
   __mmask32 exist_;
   bool whole_;
@@ -269,7 +270,7 @@ class Multiply {
         }
       }
     }
-    Aside<write>(p_, waiting_, {}, 0).rest();
+    Aside<write>(p_, waiting_, {p_.out, 0, 0}, 1).rest();
   }
 
   // A few rows pass by the part of a panel that stays in the first-level cache with their sums; what is asked for is
@@ -289,7 +290,7 @@ class Multiply {
         }
       }
     }
-    Aside<write>(p_, waiting_, {}, 0).rest();
+    Aside<write>(p_, waiting_, {p_.out, 0, 0}, 1).rest();
   }
 
  private:

@@ -172,7 +172,8 @@ COLLM_TILES inline void pack(const BFloat16* weight, int64_t term_stride, int64_
     const uint16_t* from = w + t * term_stride + o * output_stride;
     uint16_t* out = panel(p) + s * 2 * kTile;
     pack_tile(from, term_stride, output_stride, part.terms - t, right.outputs - o, out);
-    pack_tile(from + 16 * output_stride, term_stride, output_stride, part.terms - t, right.outputs - o - 16, out + kTile);
+    pack_tile(from + 16 * output_stride, term_stride, output_stride, part.terms - t, right.outputs - o - 16,
+              out + kTile);
   };
   // Along the rows of the weight, and what will be packed is asked for in the order it lies in: the processor sees a
   // stream.
