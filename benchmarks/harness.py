@@ -31,6 +31,7 @@ import gc
 import hashlib
 import json
 import math
+import random
 import subprocess
 import sys
 import tempfile
@@ -212,7 +213,10 @@ class Suite:
         return errors, running, seconds
 
     def _times(self, impls: Impls, first: Mapping[str, float]) -> tuple[Samples, Samples]:
-        """Seconds of one call, wall and processor, of each sample; the order rotates so that no one is always first.
+        """Seconds of one call, wall and processor, of each sample.
+
+        Every turn has an order of its own, by chance: who runs after whom decides what lies in the caches, and whoever
+        always ran after ours would find the tensors that all share there.
 
         Args: first: how long the call took that was compared.
         """
@@ -221,15 +225,14 @@ class Suite:
         least = 0.0 if flush is not None else self.options.min_sample_s
         repeats = {name: max(1, min(1000, math.ceil(least / call))) for name, call in seconds.items()}
         samples = {name: self._samples(repeats[name] * call) for name, call in seconds.items()}
-        names, turns = list(impls), max(samples.values())
+        names, turns, chance = list(impls), max(samples.values()), random.Random(0)
         wall: Samples = {name: {} for name in names}
         cpu: Samples = {name: {} for name in names}
         gc.collect()
         gc.disable()  # a collection in the middle of a sample would be charged to whoever ran then
         try:
             for turn in range(turns):
-                first = turn % len(names)
-                for name in names[first:] + names[:first]:
+                for name in chance.sample(names, len(names)):
                     # A slow one has fewer samples, spread evenly over the turns.
                     if (turn + 1) * samples[name] // turns == turn * samples[name] // turns:
                         continue
