@@ -153,7 +153,8 @@ class Suite:
         print(title, file=sys.stderr, flush=True)
         if self.options.json is not None and self.rows:
             write_json(self.to_json(), self.options.json)
-        errors, running, first = self._compare(title, impls() if callable(impls) else impls, expected)
+        chosen = self._chosen(title, impls() if callable(impls) else impls)
+        errors, running, first = self._compare(title, chosen, expected)
         work = work() if callable(work) else work
         rate = self._gather_rate(work)
         wall, cpu = self._times(running, first)
@@ -183,6 +184,14 @@ class Suite:
             rows.append(row)
         self.rows += rows
         return rows
+
+    def _chosen(self, title: str, impls: Impls) -> Impls:
+        """Ours and those that `--beside` names, or all."""
+        beside = self.options.beside
+        if not beside:
+            return impls
+        self.failures += [f"{title} {name}: expected one of {', '.join(impls)}" for name in beside if name not in impls]
+        return {name: fn for name, fn in impls.items() if name == "ours" or name in beside}
 
     def _gather_rate(self, work: Work | None) -> float | None:
         """The ceiling of the table that the case gathers from, measured once a run, just before the case."""

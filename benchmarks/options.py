@@ -28,6 +28,7 @@ class Options:
     flush_l2: bool = False
     processes: int = 1
     only: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     json: Path | None = None
     resume: bool = False
     peak: bool = True
@@ -55,6 +56,8 @@ def parse(
     parser.add_argument("--no-peak", dest="peak", action="store_false", help="spare the further call that reads memory")
     only = "cases whose 'name pass dtype' contains this text; may be given several times"
     parser.add_argument("--only", action="append", default=[], help=only)
+    beside = "time ours beside this one, and no other but those named so: a pair's calls are neighbours"
+    parser.add_argument("--beside", action="append", default=[], metavar="IMPL", help=beside)
     if add is not None:
         add(parser)
     given = parser.parse_args(argv)
@@ -78,6 +81,7 @@ def parse(
         flush_l2=given.flush_l2,
         processes=given.processes,
         only=tuple(given.only),
+        beside=tuple(given.beside),
         json=given.json,
         resume=given.resume,
         peak=given.peak,

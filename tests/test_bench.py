@@ -125,6 +125,13 @@ def test_only_and_flush(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     assert len(suite.rows) == 3
 
 
+def test_ours_beside_one_other(harness: ModuleType) -> None:
+    suite = tiny(harness, beside=harness.parse(None, ["--beside", "torch", "--beside", "elsewhere"]).beside)
+    doubling(suite)
+    assert [row.impl for row in suite.rows] == ["ours", "torch"]
+    assert suite.failures == ["N=16 fwd float32 elsewhere: expected one of ours, torch, wrong, broken"]
+
+
 def test_backward_returns_outputs_and_gradients(harness: ModuleType) -> None:
     x, w, grad = torch.ones(2, 3), torch.full((3,), 2.0), torch.full((2, 3), 5.0)
     out, dx, dw = harness.backward(lambda x, w: x * w, [x, w], grad)()
