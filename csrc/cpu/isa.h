@@ -37,6 +37,12 @@ inline Isa isa() {
 #endif
 }
 
+// The one of three functions that are compiled for each instruction set.
+template <typename Fn>
+Fn* of_isa(Fn* baseline, Fn* avx2, Fn* avx512) {
+  return isa() == Isa::avx512 ? avx512 : isa() == Isa::avx2 ? avx2 : baseline;
+}
+
 // Whether bfloat16 products may use AMX tiles: the CPU has them and avx512_bf16, and the system grants their state.
 inline bool has_tiles() {
 #if defined(__x86_64__) && defined(__linux__)

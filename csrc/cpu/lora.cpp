@@ -58,14 +58,14 @@ struct Rows {
 
   static ForwardFn forward() {
 #if defined(COLLM_X86)
-    return isa() == Isa::avx512 ? forward_avx512 : isa() == Isa::avx2 ? forward_avx2 : forward_plain;
+    return of_isa(forward_plain, forward_avx2, forward_avx512);
 #else
     return forward_plain;
 #endif
   }
   static BackwardFn backward() {
 #if defined(COLLM_X86)
-    return isa() == Isa::avx512 ? backward_avx512 : isa() == Isa::avx2 ? backward_avx2 : backward_plain;
+    return of_isa(backward_plain, backward_avx2, backward_avx512);
 #else
     return backward_plain;
 #endif
@@ -305,7 +305,6 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
   const int64_t M = group.front().grad.size(0), K = group.front().of.weight.size(1);
   Factors<T> factors;
   std::vector<Backward<T>> all;
-  std::vector<bool> reads;  // whether a projection has a pass over its rows
   int64_t terms = 0, widest = 0;
   bool begun = false;
   for (const Gradient& g : group) {

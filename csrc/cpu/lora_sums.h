@@ -87,7 +87,7 @@ struct Partial {
 #endif
   static AddFn chosen() {
 #if defined(COLLM_X86)
-    return isa() == Isa::avx512 ? add_avx512 : isa() == Isa::avx2 ? add_avx2 : add_plain;
+    return of_isa(add_plain, add_avx2, add_avx512);
 #else
     return add_plain;
 #endif

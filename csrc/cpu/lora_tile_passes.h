@@ -395,9 +395,10 @@ COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_
 COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& group, const Right& right,
                                       std::vector<Work>& works, int64_t begin, int64_t end, float* masked) {
   const Backward<BFloat16>& any = group.front();
-  const int64_t count = static_cast<int64_t>(group.size()), block = block_rows(right);
+  const int64_t count = static_cast<int64_t>(group.size()), at_once = block_rows(right);
   const auto rows_of = [&](int64_t part) { return any.parts.begin(part + 1) - any.parts.begin(part); };
-  // So many rows of x and dy stay in the second-level cache until they are read a second time.
+  // So many rows of x and dy stay in the second-level cache until they are read a second time: they are summed over
+  // before a product of more rows, and after those of fewer.
   constexpr int64_t kSumBytes = int64_t{384} << 10;
   const auto run_of = [&](const Backward<BFloat16>& f) {
     return std::clamp<int64_t>(kSumBytes / (2 * (f.K + f.N)) / kRows, 2, kBlockRows / kRows) * kRows;
@@ -406,12 +407,12 @@ COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& gro
   std::vector<avx512::Drawing> drawings(group.size());
   configure();
   for (int64_t n = 0; n < count; ++n) {
-    drawings[n] = mask_from(group[n], any.parts.begin(begin), std::min(block, rows_of(begin)), works[n].keep);
+    drawings[n] = mask_from(group[n], any.parts.begin(begin), std::min(at_once, rows_of(begin)), works[n].keep);
   }
   for (int64_t part = begin; part < end; ++part) {
     const int64_t first = any.parts.begin(part), stop = any.parts.begin(part + 1);
-    for (int64_t m = first, m0 = first; m < stop; m += block) {
-      const int64_t last = std::min(m + block, stop), done = m - m0;
+    for (int64_t m = first, m0 = first; m < stop; m += at_once) {
+      const int64_t last = std::min(m + at_once, stop), done = m - m0;
       const int64_t more = last < stop ? stop - last : part + 1 < end ? rows_of(part + 1) : 0;
       const bool ends = last == stop || last - m0 == kBlockRows;
       const auto add = [&](int64_t n, int64_t from, int64_t to) COLLM_TILES {
@@ -426,19 +427,19 @@ COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& gro
         for (int64_t from = m; from < last; from += run) {
           const int64_t to = std::min(from + run, last);
           prepare(f, m0, from, to, work);
-          if (run <= block) {
+          if (run <= at_once) {
             add(n, from, to);
           }
         }
         sides[n] = work.side(done, f.dropout.threshold > 0);
         uint16_t* keep = ends ? work.next_keep : work.keep + (last - m0) * work.keep_stride;
-        drawings[n] = mask_from(f, last, std::min(block, more), keep);
+        drawings[n] = mask_from(f, last, std::min(at_once, more), keep);
       }
       multiply(
           {sides.data(), count, right, last - m, nullptr, masked, any.add, any.dx + m * any.K, drawings.data(), count});
       for (int64_t n = 0; n < count; ++n) {
         const int64_t run = run_of(group[n]);
-        if (run > block && (ends || (last - m0) % run == 0)) {
+        if (run > at_once && (ends || (last - m0) % run == 0)) {
           add(n, m0 + (last - m0 - 1) / run * run, last);
         }
         if (ends) {

@@ -331,8 +331,8 @@ class Multiply {
       const auto step = [&](int64_t s, const auto& between) COLLM_TILES __attribute__((always_inline)) {
         add_step<stays>(left, s - first, right + s * 2 * kTile, between);
         aside.step();
-        for (int64_t w = 0; stays == Stays::right && w < kShare; w += 32) {
-          _mm_prefetch(reinterpret_cast<const char*>(next + (s - begin) * 2 * kTile + w), _MM_HINT_T1);
+        if constexpr (stays == Stays::right) {
+          ask_for(next + (s - begin) * 2 * kTile, kShare);
         }
       };
       int64_t s = std::max(begin, first);
