@@ -17,6 +17,8 @@ from collm_fast import _native
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
 _transforms_active = torch._C._are_functorch_transforms_active
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 
 
 def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> Callable[..., Any]:
@@ -30,12 +32,12 @@ def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[.
 
     def plain(*inputs: Any) -> Any:
         with _below_autograd():
-            result = op(*inputs)
-        return result
+            return op(*inputs)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         # Not the `setup_context` of a Function: torch would bind the arguments by their signature, at each call.
-        result = plain(*inputs)
+        with _below_autograd():
+            result = op(*inputs)
         setup(ctx, inputs, result)
         return result
 
@@ -44,18 +46,18 @@ def register_autograd(name: str, backward: Callable[..., Any], setup: Callable[.
     names = ("forward", "backward")
     body = {name_: staticmethod(method) for name_, method in zip(names, methods, strict=True)}
     formula: Any = type(f"{name}_formula", (torch.autograd.Function,), body)
+    # What Function.apply comes to where no transform is active.
+    apply = super(torch.autograd.Function, formula).apply
 
     def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or _transforms_active():
-            result = op(*inputs)
-        elif not (torch.is_grad_enabled() and _any_requires_grad(*inputs)):
-            result = plain(*inputs)
-        elif lists:
+        if _is_compiling() or _transforms_active():
+            return op(*inputs)
+        if not (_is_grad_enabled() and _any_requires_grad(*inputs)):
+            return plain(*inputs)
+        if lists:
             layout = [_lengths(inputs)]
-            result = _split(formula.apply(layout, *_joined(inputs)), layout[1])
-        else:
-            result = formula.apply(*inputs)
-        return result
+            return _split(apply(layout, *_joined(inputs)), layout[1])
+        return apply(*inputs)
 
     return call
 

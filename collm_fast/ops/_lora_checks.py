@@ -57,8 +57,8 @@ def _check_dtypes(at: Place, x: Tensor, weight: Tensor, bias: Tensor | None, lor
 
 
 def check_probability(dropout_p: float, op: str = _OP) -> None:
-    ok = 0.0 <= dropout_p < 1.0 and round(dropout_p * 65536) < 65536
-    require(ok, "dropout_p in [0, 1) with round(dropout_p 2^16) below 2^16", dropout_p, op)
+    if not (0.0 <= dropout_p < 1.0 and round(dropout_p * 65536) < 65536):
+        require(False, "dropout_p in [0, 1) with round(dropout_p 2^16) below 2^16", dropout_p, op)
 
 
 def _check_dropout(op: str, x: Tensor, dropout_p: float, seed: Tensor | None, stream: int) -> None:
@@ -241,9 +241,9 @@ def _has_adapter(at: Place, lora_A: Tensor, lora_B: Tensor) -> bool:
 
 
 def check_frozen(weight: Tensor, bias: Tensor | None, at: Place = _ALONE) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.requires_grad:
-            require(False, f"{at.name(name)} without requires_grad", "requires_grad=True", at.op)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        name = at.name("weight" if weight.requires_grad else "bias")
+        require(False, f"{name} without requires_grad", "requires_grad=True", at.op)
 
 
 def check_group_frozen(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

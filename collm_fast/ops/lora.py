@@ -26,6 +26,8 @@ from collm_fast.ops._lora_checks import (
     require,
 )
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
 _native.LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, "
     "Tensor? seed, int stream) -> (Tensor, Tensor)"
@@ -165,23 +167,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     s = output[1]
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
-    ctx.scaling, ctx.dropout_p, ctx.stream = scaling, dropout_p, stream
+    ctx.numbers = scaling, dropout_p, stream
     # Frozen adapters (stage 2) keep nothing: x serves only lora_A's gradient, and s only lora_B's.
-    none = s.new_empty(0)
-    kept_x = x if ctx.needs_input_grad[3] else none.to(x.dtype)
-    ctx.save_for_backward(kept_x, weight, lora_A, lora_B, s if ctx.needs_input_grad[4] else none, seed)
+    needs = ctx.needs_input_grad
+    ctx.save_for_backward(x if needs[3] else None, weight, lora_A, lora_B, s if needs[4] else None, seed)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_s: Tensor | None) -> tuple[Tensor | float | None, ...]:
     if grad is None:
         return (None,) * 9
     x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
-    mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
-    grads = _lora_linear_backward(
-        grad, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed, ctx.stream, mask
-    )
-    dx, dA, dB = (g if wanted else None for g, wanted in zip(grads, mask, strict=True))
-    return dx, None, None, dA, dB, None, None, None, None
+    scaling, dropout_p, stream = ctx.numbers
+    needs = ctx.needs_input_grad
+    mask = [needs[0], needs[3], needs[4]]
+    if x is None:
+        x = grad.new_empty(0)
+    if s is None:
+        s = grad.new_empty(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+    dx, dA, dB = _lora_linear_backward(grad, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed, stream, mask)
+    return dx if mask[0] else None, None, None, dA if mask[1] else None, dB if mask[2] else None, None, None, None, None
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -198,6 +202,8 @@ _lora_linear_backward = register_autograd("lora_linear_backward", _no_second_der
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What x, weight and bias are cast to, as in torch's own linear; lora_A and lora_B keep their dtype."""
+    if not _is_any_autocast_enabled():
+        return None
     kind = x.device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
@@ -235,7 +241,8 @@ def lora_linear(
         dropout in training without a seed.
     Source: Hu et al., LoRA (arXiv 2106.09685); dropout as in PEFT.
     """
-    require((lora_A is None) == (lora_B is None), "lora_A and lora_B both given or both None", "one of them")
+    if (lora_A is None) != (lora_B is None):
+        require(False, "lora_A and lora_B both given or both None", "one of them")
     if torch.is_grad_enabled():
         check_frozen(weight, bias)
     check_probability(dropout_p)
@@ -246,6 +253,9 @@ def lora_linear(
         check_linear(x, weight, bias)
         return torch.nn.functional.linear(x, weight, bias)
     p = dropout_p if training else 0.0
-    seed = seed_tensor("lora_linear", seed, x.device) if p > 0.0 else None
+    if p == 0.0:
+        seed = None
+    elif not isinstance(seed, Tensor):
+        seed = seed_tensor("lora_linear", seed, x.device)
     y: Tensor = _lora_linear(x, weight, bias, lora_A, lora_B, scaling, p, seed, stream)[0]
     return y
