@@ -239,11 +239,9 @@ class Sums {
     int64_t bytes = 0;
     for (size_t n = 0; n < all.size(); ++n) {
       Backward<T>& f = all[n];
-      // Our own products may keep the pieces of a rank apart.
       int64_t rows = padded(f.r);
       if constexpr (has_own<T>) {
         rows = own ? Own<T>::rank_rows(f.r) : rows;
-        pieces_ = own ? Own<T>::kPieces : 1;
         place_ = own ? Own<T>::kPlace : nullptr;
       }
       f.parts = {M, 1, group[n].x ? rows * f.a.stride : 0, group[n].s ? rows * f.b.stride : 0};
@@ -258,8 +256,8 @@ class Sums {
 
   void reduce(const Backward<T>& f, const Gradient& g) const {
     if constexpr (has_own<T>) {
-      if (pieces_ > 1) {
-        reduce_as<Own<T>::kPieces>(f, g);
+      if (place_ != nullptr && Own<T>::sums(f.r) > 1) {
+        reduce_as<2>(f, g);
         return;
       }
     }
@@ -272,9 +270,11 @@ class Sums {
     const Parts<W>& p = f.parts;
     const auto reduce_into = [&](const Tensor& out, const W* data, int64_t size, int64_t stride, bool transposed) {
       Partial<W, Pieces> sums{data, p.count, size, stride};
-      if constexpr (Pieces > 1) {
-        sums.rank_step = sums.kWhole, sums.whole_step = sums.kWhole * Own<T>::rank_rows(f.r);
-        sums.piece = f.r * sums.rank_step;
+      if constexpr (has_own<T>) {
+        if (place_ != nullptr) {
+          sums.rank_step = sums.kWhole, sums.whole_step = sums.kWhole * Own<T>::rank_rows(f.r);
+          sums.piece = 8 * sums.rank_step;
+        }
       }
       sums.place = place_, sums.transposed = transposed, sums.scale = transposed ? f.scaling : W(1);
       COLLM_DISPATCH(out.scalar_type(), sums.template reduce_into<scalar_t>(out));
@@ -290,7 +290,6 @@ class Sums {
     buffers_.emplace_back(size);
     return buffers_.back().data();
   }
-  int64_t pieces_ = 1;
   PlaceFn place_ = nullptr;
   std::vector<Buffer<W>> buffers_;
 };

@@ -86,8 +86,8 @@ struct Own<float> {
   // On fewer rows the vendor's product makes up for the pass around it: it need not pack the weight.
   static constexpr int64_t kFewRows = 256;
   static bool serves(const Asked& a) { return a.M >= kFewRows && product::Right::serves(a.terms); }
-  static constexpr int64_t kPieces = 1;
   static constexpr auto kPlace = nullptr;
+  static int64_t sums(int64_t) { return 1; }
   static int64_t rank_rows(int64_t r) { return padded(r); }
 
   static void forward(const Forward<float>& f, const Frozen& weight, int64_t M) {
@@ -126,9 +126,9 @@ struct Own<torch::headeronly::BFloat16> {
   static bool serves(const Asked& a) {
     return a.M >= kFewRows && a.terms * a.outputs <= kNumbersPerRow * a.M && tiles::Right::serves(a.widest);
   }
-  static constexpr int64_t kPieces = tiles::kPieces;
   static constexpr auto kPlace = &tiles::interleaved;
-  static int64_t rank_rows(int64_t r) { return tiles::RankRight{0, r}.width(); }
+  static int64_t sums(int64_t r) { return tiles::RankLeft{r}.sums(); }
+  static int64_t rank_rows(int64_t r) { return tiles::RankLeft{r}.rows(); }
 
   // A, or B^T, packed.
   struct Rank {

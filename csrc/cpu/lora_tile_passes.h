@@ -4,6 +4,7 @@
 #pragma once
 
 #include "lora_tile_product.h"
+#include "lora_tile_sums.h"
 
 #include <vector>
 
@@ -44,7 +45,8 @@ COLLM_TILES_INLINE void mask_step(const BFloat16* x, int64_t stride, int64_t row
 }
 
 // Tiles 0 .. 3 = two tiles of kRows rows of a left factor by one or two of the rank's; into pieces [kRows][width].
-// left(s) gives the tiles of a step, which may have been made only just before: each is read a step later.
+// left(s) gives the tiles of a step, which may have been made only just before: each is read a step later. The rank's
+// tiles are read past the first-level cache, where the product will look for the rows.
 template <int Tiles, typename Find>
 COLLM_TILES_INLINE void project_tiles(const Find& left, const uint16_t* right, int64_t steps, int64_t width,
                                       float* pieces) {
@@ -53,14 +55,16 @@ COLLM_TILES_INLINE void project_tiles(const Find& left, const uint16_t* right, i
   for (int64_t s = 0; s < steps; ++s, right += kTile) {
     const Left next = s + 1 < steps ? left(s + 1) : now;
     settle();
-    _tile_loadd(6, right, 64);
+    _tile_stream_loadd(6, right, 64);
     _tile_loadd(4, now.first, now.row_bytes);
     _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Tiles == 2) {
+      _tile_stream_loadd(7, right + steps * kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
     _tile_loadd(5, now.first + now.below, now.row_bytes);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (Tiles == 2) {
-      _tile_loadd(7, right + steps * kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
     now = next;
@@ -100,150 +104,6 @@ COLLM_TILES_INLINE void project(const Find& left, const RankRight& right, float 
     }
   }
 }
-
-// s [kRows][stride] transposed: a row for each rank's high piece, then for each middle one and each low one,
-// [width][kRows].
-COLLM_TILES_INLINE void pack_rank_left(const float* s, int64_t rows, int64_t r, int64_t stride, int64_t width,
-                                       uint16_t* out) {
-  for (int64_t j = kPieces * r; j < width; ++j) {
-    _mm512_store_si512(out + j * kRows, _mm512_setzero_si512());
-  }
-  for (int64_t j = 0; j < r; j += 16) {
-    for (int64_t h = 0; h < 2; ++h) {
-      __m512i v[16];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) {
-        const __mmask16 exist = 16 * h + i < rows ? first(r - j) : 0;
-        v[i] = _mm512_maskz_loadu_epi32(exist, s + (16 * h + i) * stride + j);
-      }
-      avx512::transpose(v);
-      const int64_t n = std::min<int64_t>(16, r - j);
-#pragma GCC unroll 16
-      for (int64_t c = 0; c < 16; ++c) {
-        if (c < n) {
-          __m256i piece[kPieces];
-          cut(_mm512_castsi512_ps(v[c]), piece);
-#pragma GCC unroll 3
-          for (int64_t i = 0; i < kPieces; ++i) {
-            _mm256_store_si256(reinterpret_cast<__m256i*>(out + (i * r + j + c) * kRows + 16 * h), piece[i]);
-          }
-        }
-      }
-    }
-  }
-}
-
-// kRows rows whose columns are summed over: sixteen from each of two places on.
-struct Summed {
-  const uint16_t *upper, *lower;
-  int64_t row, step;     // from a row to the next, and from 32 columns to the next
-  const uint16_t* keep;  // null: all are kept
-  int64_t keep_row;
-  int64_t rows;  // that exist; those of what is not masked all do
-};
-
-// The columns t .. t + 31 of those rows as two tiles of a right factor whose terms are the rows. Rows are paired within
-// quarters of a vector, by one instruction, so the columns of the two tiles are those of `interleaved`.
-template <bool Masked>
-COLLM_TILES_INLINE void pair_rows(const Summed& v, int64_t t, uint16_t* out) {
-  for (int64_t half = 0; half < 2; ++half) {
-    const uint16_t* from = (half == 0 ? v.upper : v.lower) + t / kStep * v.step;
-    const uint16_t* keep = Masked ? v.keep + half * 16 * v.keep_row + t / 16 : nullptr;
-    const auto load = [&](int64_t i) COLLM_TILES {
-      if constexpr (!Masked) {
-        return _mm512_loadu_si512(from + i * v.row);
-      }
-      uint32_t bits = 0;
-      if (i < v.rows - 16 * half) {
-        std::memcpy(&bits, keep + i * v.keep_row, sizeof(bits));
-      }
-      return _mm512_maskz_loadu_epi16(bits, from + i * v.row);
-    };
-    // Rolled: the addresses of 32 rows at once would not fit in registers.
-#pragma GCC unroll 1
-    for (int64_t i = 0; i < 16; i += 2, out += 32) {
-      const __m512i a = load(i), b = load(i + 1);
-      _mm512_store_si512(out, _mm512_unpacklo_epi16(a, b));
-      _mm512_store_si512(out + kTile, _mm512_unpackhi_epi16(a, b));
-    }
-  }
-}
-
-// What is summed over up to kBlockRows rows: sum [columns / 32][width][32] (= or +=) left^T [width][rows] by
-// [rows][columns], column c at interleaved(c). A run of 32 columns lies in one page: those of x and dy are many
-// already.
-struct Outer {
-  const uint16_t* left;  // [rows / kRows][width][kRows], see pack_rank_left
-  int64_t width, row_blocks, columns;
-  float* sum;
-  bool fresh;
-
-  // rows [row_blocks]
-  template <bool Masked>
-  COLLM_TILES_INLINE void add(const Summed* rows) const {
-    for (int64_t c = 0; c < width; c += 32) {
-      if (c + 16 < width) {
-        add_tiles<2, Masked>(c, rows);
-      } else {
-        add_tiles<1, Masked>(c, rows);
-      }
-    }
-  }
-
-  template <int Tiles, bool Masked>
-  COLLM_TILES_INLINE void add_tiles(int64_t c, const Summed* rows) const {
-    // Rows are paired two products ahead, so that no tile waits for what has just been stored.
-    constexpr int64_t kRing = 4, kAhead = 2;
-    alignas(64) uint16_t ring[kRing][2 * kTile];
-    int64_t paired = 0, block_ahead = 0, t_ahead = 0;
-    const auto pair = [&]() COLLM_TILES {
-      if (t_ahead < columns) {
-        pair_rows<Masked>(rows[block_ahead], t_ahead, ring[paired++ % kRing]);
-        if (++block_ahead == row_blocks) {
-          block_ahead = 0, t_ahead += kStep;
-        }
-      }
-    };
-    for (int64_t i = 0; i < kAhead; ++i) {
-      pair();
-    }
-    constexpr int64_t stride = kStep;
-    int64_t used = 0;
-    for (int64_t t = 0; t < columns; t += kStep) {
-      float *to = sum + t * width + c * stride, *below = to + 16 * stride;
-      zero_sums();
-      if (!fresh) {
-        _tile_loadd(0, to, stride * 4);
-        _tile_loadd(1, to + 16, stride * 4);
-        if constexpr (Tiles == 2) {
-          _tile_loadd(2, below, stride * 4);
-          _tile_loadd(3, below + 16, stride * 4);
-        }
-      }
-      for (int64_t block = 0; block < row_blocks; ++block) {
-        pair();
-        settle();
-        const uint16_t *from = left + (block * width + c) * kRows, *right = ring[used++ % kRing];
-        _tile_loadd(4, from, 64);
-        _tile_loadd(6, right, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, right + kTile, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (Tiles == 2) {
-          _tile_loadd(5, from + 16 * kRows, 64);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-      }
-      _tile_stored(0, to, stride * 4);
-      _tile_stored(1, to + 16, stride * 4);
-      if constexpr (Tiles == 2) {
-        _tile_stored(2, below, stride * 4);
-        _tile_stored(3, below + 16, stride * 4);
-      }
-    }
-  }
-};
 
 // Numbers of 16 bits that a call works in: the left factor where it is packed, the rank's steps, two masks.
 inline int64_t forward_scratch(const Right& right, int64_t K) {
@@ -303,24 +163,26 @@ COLLM_TILES inline void forward_rows(const Forward<BFloat16>& f, const Right& ri
 struct Work {
   Part part;
   RankRight rank;
+  RankLeft summed;
   int64_t keep_stride;
   uint16_t *packed = nullptr, *added = nullptr, *s = nullptr, *ds = nullptr, *keep = nullptr, *next_keep = nullptr;
   Left left[kBlockRows / kRows];
 
   Work(const Part& part, const RankRight& rank, int64_t K)
-      : part(part), rank(rank), keep_stride(avx512::keep_stride(K)) {}
+      : part(part), rank(rank), summed{rank.r}, keep_stride(avx512::keep_stride(K)) {}
 
-  // Numbers of 16 bits: the left factor where it is packed, the rank's steps, s and ds transposed, two masks.
+  // Numbers of 16 bits: the left factor where it is packed, the rank's steps, two masks, s and ds transposed.
   int64_t scratch() const {
-    return kBlockRows * ((part.steps() + part.added()) * kStep + 2 * rank.width() + 2 * keep_stride);
+    return kBlockRows * ((part.steps() + part.added()) * kStep + 2 * keep_stride) +
+           kBlockRows / kRows * 2 * summed.size();
   }
   // Takes them from `memory`; returns what follows.
   uint16_t* place(uint16_t* memory) {
     packed = memory;
     added = packed + kBlockRows * part.steps() * kStep;
     s = added + kBlockRows * part.added() * kStep;
-    ds = s + kBlockRows * rank.width();
-    keep = ds + kBlockRows * rank.width();
+    ds = s + kBlockRows / kRows * summed.size();
+    keep = ds + kBlockRows / kRows * summed.size();
     next_keep = keep + kBlockRows * keep_stride;
     return memory + scratch();
   }
@@ -334,7 +196,7 @@ struct Work {
 
 // The rows begin .. last - 1 of the block from m0 on: where dy is, ds beside it and transposed, s transposed.
 COLLM_TILES_INLINE void prepare(const Backward<BFloat16>& f, int64_t m0, int64_t begin, int64_t last, Work& work) {
-  const int64_t rp = round_up(f.r, 16), steps = work.part.steps(), added = work.part.added(), width = work.rank.width();
+  const int64_t rp = round_up(f.r, 16), steps = work.part.steps(), added = work.part.added();
   alignas(64) float ds[kRows * kMaxRank], pieces[kRows * kPieces * kMaxRank];
   for (int64_t m = begin; m < last; m += kRows) {
     const int64_t rows = std::min(kRows, last - m), block = (m - m0) / kRows;
@@ -350,10 +212,10 @@ COLLM_TILES_INLINE void prepare(const Backward<BFloat16>& f, int64_t m0, int64_t
     project(find, work.rank, f.scaling * static_cast<float>(f.dropout.scale), pieces, take);
     pack_left_added(ds, f.r, rp, added, work.added + block * added * 2 * kTile);
     if (f.x != nullptr) {
-      pack_rank_left(ds, rows, f.r, rp, width, work.ds + (m - m0) * width);
+      work.summed.pack(ds, rows, rp, work.ds + block * work.summed.size());
     }
     if (f.s != nullptr) {
-      pack_rank_left(f.s + m * f.r, rows, f.r, f.r, width, work.s + (m - m0) * width);
+      work.summed.pack(f.s + m * f.r, rows, f.r, work.s + block * work.summed.size());
     }
   }
 }
@@ -368,14 +230,14 @@ COLLM_TILES_INLINE avx512::Drawing mask_from(const Backward<BFloat16>& f, int64_
 // What the same rows add to dB^T and dA.
 COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_t begin, int64_t last, const Work& work,
                                  bool fresh, float* dA, float* dB) {
-  const int64_t row_blocks = (last - begin + kRows - 1) / kRows, done = begin - m0, width = work.rank.width();
+  const int64_t row_blocks = (last - begin + kRows - 1) / kRows, first = (begin - m0) / kRows;
   Summed rows[kBlockRows / kRows];
   if (f.s != nullptr) {
     for (int64_t block = 0; block < row_blocks; ++block) {
-      const Left& left = work.left[done / kRows + block];
+      const Left& left = work.left[first + block];
       rows[block] = {left.first, left.first + left.below, left.row_bytes / 2, left.step, nullptr, 0, kRows};
     }
-    const Outer outer{work.s + done * width, width, row_blocks, f.N, dB, fresh};
+    const Outer outer{work.s + first * work.summed.size(), work.summed, row_blocks, f.N, dB, fresh};
     outer.add<false>(rows);
   }
   if (f.x != nullptr) {
@@ -385,13 +247,13 @@ COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_
       const uint16_t* keep = work.keep + (m - m0) * work.keep_stride;
       rows[block] = {x, x + 16 * f.x_stride, f.x_stride, kStep, keep, work.keep_stride, std::min(kRows, last - m)};
     }
-    const Outer outer{work.ds + done * width, width, row_blocks, f.K, dA, fresh};
+    const Outer outer{work.ds + first * work.summed.size(), work.summed, row_blocks, f.K, dA, fresh};
     outer.add<true>(rows);
   }
 }
 
 // dx = sum over the projections of dy W + mask (ds A) for the parts begin .. end - 1 of the rows, and the parts' sums
-// of dA and dB^T, each in kPieces times r rows. `masked` has room for [projections][1024] sums.
+// of dA and dB^T. `masked` has room for [projections][1024] sums.
 COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& group, const Right& right,
                                       std::vector<Work>& works, int64_t begin, int64_t end, float* masked) {
   const Backward<BFloat16>& any = group.front();
