@@ -251,46 +251,66 @@ class Sums {
       f.parts.count = partial_sums(M, bytes);
       f.parts.data_A = room(f.parts.count * f.parts.size_A);
       f.parts.data_B = room(f.parts.count * f.parts.size_B);
+      totals_.push_back({room(f.parts.size_A), room(f.parts.size_B)});
     }
   }
 
-  void reduce(const Backward<T>& f, const Gradient& g) const {
-    if constexpr (has_own<T>) {
-      if (place_ != nullptr && Own<T>::sums(f.r) > 1) {
-        reduce_as<2>(f, g);
-        return;
-      }
+  // Adds what is in the place of the first part of projection n to its parts before that: called by one thread, in the
+  // order of the parts.
+  void fold(size_t n, const Backward<T>& f) {
+    Total& total = totals_[n];
+    if (f.parts.size_A > 0) {
+      partial_A(f).fold(f.r, f.K, total.parts == 0, total.A);
     }
-    reduce_as<1>(f, g);
+    if (f.parts.size_B > 0) {
+      partial_B(f).fold(f.r, f.N, total.parts == 0, total.B);
+    }
+    ++total.parts;
   }
 
- private:
-  template <int64_t Pieces>
-  void reduce_as(const Backward<T>& f, const Gradient& g) const {
-    const Parts<W>& p = f.parts;
-    const auto reduce_into = [&](const Tensor& out, const W* data, int64_t size, int64_t stride, bool transposed) {
-      Partial<W, Pieces> sums{data, p.count, size, stride};
-      if constexpr (has_own<T>) {
-        if (place_ != nullptr) {
-          sums.rank_step = sums.kWhole, sums.whole_step = sums.kWhole * Own<T>::rank_rows(f.r);
-          sums.piece = 8 * sums.rank_step;
-        }
-      }
-      sums.place = place_, sums.transposed = transposed, sums.scale = transposed ? f.scaling : W(1);
+  void reduce(size_t n, const Backward<T>& f, const Gradient& g) const {
+    const auto reduce_into = [&](const Tensor& out, Partial<W> sums, const W* total, W scale) {
+      sums.begun = total, sums.first = totals_[n].parts, sums.scale = scale;
       COLLM_DISPATCH(out.scalar_type(), sums.template reduce_into<scalar_t>(out));
     };
     if (g.x) {
-      reduce_into(g.dA, p.data_A, p.size_A, f.a.stride, false);
+      reduce_into(g.dA, partial_A(f), totals_[n].A, W(1));
     }
     if (g.s) {
-      reduce_into(g.dB, p.data_B, p.size_B, f.b.stride, true);
+      reduce_into(g.dB, partial_B(f), totals_[n].B, f.scaling);
     }
+  }
+
+ private:
+  // The sums of dA and dB^T over the first parts, of one projection.
+  struct Total {
+    W *A, *B;
+    int64_t parts = 0;
+  };
+
+  Partial<W> partial_A(const Backward<T>& f) const {
+    return partial(f, f.parts.data_A, f.parts.size_A, f.a.stride, false);
+  }
+  Partial<W> partial_B(const Backward<T>& f) const {
+    return partial(f, f.parts.data_B, f.parts.size_B, f.b.stride, true);
+  }
+  Partial<W> partial(const Backward<T>& f, const W* data, int64_t size, int64_t stride, bool transposed) const {
+    Partial<W> sums{data, f.parts.count, size, stride};
+    if constexpr (has_own<T>) {
+      if (place_ != nullptr) {
+        sums.rank_step = sums.kWhole, sums.whole_step = sums.kWhole * Own<T>::rank_rows(f.r);
+        sums.piece = Own<T>::piece(f.r) * sums.rank_step;
+      }
+    }
+    sums.place = place_, sums.transposed = transposed;
+    return sums;
   }
   W* room(int64_t size) {
     buffers_.emplace_back(size);
     return buffers_.back().data();
   }
   PlaceFn place_ = nullptr;
+  std::vector<Total> totals_;
   std::vector<Buffer<W>> buffers_;
 };
 
@@ -325,14 +345,14 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
     all.push_back(f);
   }
   const bool own = dx && Own<T>::serves({M, terms, widest, K});
-  const Sums<T> sums(group, all, M, own);
+  Sums<T> sums(group, all, M, own);
   if constexpr (has_own<T>) {
     if (own) {
       std::vector<Frozen> weights;
       for (size_t n = 0; n < group.size(); ++n) {
         weights.push_back({group[n].of.weight, all[n].a, all[n].r});
       }
-      Own<T>::backward(all, weights);
+      Own<T>::backward(all, weights, sums);
     }
   }
   if (!own) {
@@ -358,7 +378,7 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
     }
   }
   for (size_t n = 0; n < group.size(); ++n) {
-    sums.reduce(all[n], group[n]);
+    sums.reduce(n, all[n], group[n]);
   }
 }
 

@@ -87,7 +87,7 @@ struct Own<float> {
   static constexpr int64_t kFewRows = 256;
   static bool serves(const Asked& a) { return a.M >= kFewRows && product::Right::serves(a.terms); }
   static constexpr auto kPlace = nullptr;
-  static int64_t sums(int64_t) { return 1; }
+  static int64_t piece(int64_t) { return 0; }
   static int64_t rank_rows(int64_t r) { return padded(r); }
 
   static void forward(const Forward<float>& f, const Frozen& weight, int64_t M) {
@@ -97,7 +97,8 @@ struct Own<float> {
       product::forward_rows(f, packed.right(), packed.places()[0], begin * kUnit, std::min(end * kUnit, M), s.data());
     });
   }
-  static void backward(const std::vector<Backward<float>>& group, const std::vector<Frozen>& weights) {
+  template <typename Sums>
+  static void backward(const std::vector<Backward<float>>& group, const std::vector<Frozen>& weights, Sums&) {
     const Packed packed(weights, 0, &product::pack);
     const int64_t count = static_cast<int64_t>(group.size()), rows = product::kBlockRows;
     int64_t ranks = 0;
@@ -127,7 +128,7 @@ struct Own<torch::headeronly::BFloat16> {
     return a.M >= kFewRows && a.terms * a.outputs <= kNumbersPerRow * a.M && tiles::Right::serves(a.widest);
   }
   static constexpr auto kPlace = &tiles::interleaved;
-  static int64_t sums(int64_t r) { return tiles::RankLeft{r}.sums(); }
+  static int64_t piece(int64_t r) { return tiles::RankLeft{r}.piece(); }
   static int64_t rank_rows(int64_t r) { return tiles::RankLeft{r}.rows(); }
 
   // A, or B^T, packed.
@@ -151,7 +152,8 @@ struct Own<torch::headeronly::BFloat16> {
                           scratch.data());
     });
   }
-  static void backward(const std::vector<Backward<T>>& group, const std::vector<Frozen>& weights) {
+  template <typename Sums>
+  static void backward(const std::vector<Backward<T>>& group, const std::vector<Frozen>& weights, Sums& sums) {
     for (size_t begin = 0, end = 0; begin < group.size(); begin = end) {
       int64_t terms = group[end++].N;
       while (end < group.size() && terms + group[end].N <= tiles::kMaxTerms) {
@@ -159,13 +161,16 @@ struct Own<torch::headeronly::BFloat16> {
       }
       std::vector<Backward<T>> some(group.begin() + begin, group.begin() + end);
       some.front().add = begin > 0;
-      backward_some(some, {weights.begin() + begin, weights.begin() + end});
+      backward_some(some, {weights.begin() + begin, weights.begin() + end},
+                    [&](int64_t n) { sums.fold(begin + n, group[begin + n]); });
     }
   }
 
  private:
   // dx of these is one product.
-  static void backward_some(const std::vector<Backward<T>>& group, const std::vector<Frozen>& weights) {
+  template <typename Fold>
+  static void backward_some(const std::vector<Backward<T>>& group, const std::vector<Frozen>& weights,
+                            const Fold& fold) {
     const Packed packed(weights, 0, &tiles::pack);
     std::vector<Rank> ranks;
     std::vector<tiles::Work> works;
@@ -184,7 +189,7 @@ struct Own<torch::headeronly::BFloat16> {
       for (tiles::Work& work : own) {
         at = work.place(at);
       }
-      tiles::backward_rows(group, packed.right(), own, begin, end, sums.data());
+      tiles::backward_rows(group, packed.right(), own, begin, end, sums.data(), fold);
     });
   }
 };

@@ -1,4 +1,5 @@
-// dA and dB of lora_linear from the sums of the parts that its rows were cut in.
+// dA and dB of lora_linear from the sums of the parts that its rows were cut in. They are added in the order of the
+// parts: where one thread computes several parts from the first on, it may do that on the way.
 #pragma once
 
 #include "isa.h"
@@ -15,9 +16,9 @@ namespace collm::lora {
 using PlaceFn = int64_t (*)(int64_t);
 
 // out = scale times the sums of all parts, added in order: [ranks, columns], or transposed. What belongs to rank o and
-// column c is in each part the sum of Pieces numbers, `piece` apart, from c / kWhole * whole_step + o * rank_step on,
-// at place(c % kWhole).
-template <typename W, int64_t Pieces>
+// column c is in each part the sum of two numbers, `piece` apart, or one where that is 0, from c / kWhole * whole_step
+// + o * rank_step on, at place(c % kWhole).
+template <typename W>
 struct Partial {
   static constexpr int64_t kWhole = 32;
   // Columns that one thread takes at least; what it takes at a time stays in the first-level cache.
@@ -28,6 +29,20 @@ struct Partial {
   PlaceFn place = nullptr;  // null: in order, and so are the columns of all wholes
   bool transposed = false;
   W scale = W(1);
+  // What the parts before `first` add up to, each as a whole: [columns / kWhole][ranks][kWhole].
+  const W* begun = nullptr;
+  int64_t first = 0;
+
+  // total (= or +=) what is in the place of the first part, in that order.
+  void fold(int64_t ranks, int64_t columns, bool fresh, W* total) const {
+    const AddFn add = chosen();
+    for (int64_t w = 0; w * kWhole < columns; ++w, total += ranks * kWhole) {
+      if (fresh) {
+        std::fill_n(total, ranks * kWhole, W(0));
+      }
+      add(data + w * whole_step, piece, ranks * kWhole, total);
+    }
+  }
 
   // Every part is read from its beginning to its end: the processor sees the next lines coming.
   template <typename T>
@@ -47,7 +62,12 @@ struct Partial {
         const int64_t n = std::min({width, end * kBeside - c0, columns - c0});
         const int64_t held = place == nullptr ? n : round_up(n, kWhole), run = place == nullptr ? held : kWhole;
         std::fill_n(sums.data(), ranks * width, W(0));
-        for (int64_t p = 0; p < parts; ++p) {
+        for (int64_t c = 0; first > 0 && c < held; c += kWhole) {
+          for (int64_t o = 0; o < ranks; ++o) {
+            std::copy_n(begun + (c0 + c) * ranks + o * kWhole, kWhole, sums.data() + o * width + c);
+          }
+        }
+        for (int64_t p = first; p < parts; ++p) {
           for (int64_t c = 0; c < held; c += run) {
             const W* from = data + p * size + (c0 + c) / kWhole * whole_step;
             for (int64_t o = 0; o < ranks; ++o) {
@@ -72,12 +92,14 @@ struct Partial {
 
   // sums += the n elements from `from` on.
   COLLM_INLINE static void add(const W* __restrict__ from, int64_t piece, int64_t n, W* __restrict__ sums) {
-    for (int64_t l = 0; l < n; ++l) {
-      W whole = from[l];
-      for (int64_t i = 1; i < Pieces; ++i) {
-        whole += from[l + i * piece];
+    if (piece == 0) {
+      for (int64_t l = 0; l < n; ++l) {
+        sums[l] += from[l];
       }
-      sums[l] += whole;
+    } else {
+      for (int64_t l = 0; l < n; ++l) {
+        sums[l] += from[l] + from[l + piece];
+      }
     }
   }
   static void add_plain(const W* from, int64_t piece, int64_t n, W* sums) { add(from, piece, n, sums); }

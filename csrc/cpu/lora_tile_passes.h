@@ -227,6 +227,10 @@ COLLM_TILES_INLINE avx512::Drawing mask_from(const Backward<BFloat16>& f, int64_
   return {f.dropout, static_cast<uint64_t>(m), rows, 0, f.K, to, avx512::keep_stride(f.K), {grad, x}};
 }
 
+// So many rows of x and dy stay in a cache until they are read a second time: they are summed over before a product of
+// more rows, and after those of fewer.
+constexpr int64_t kSumRows = 2 * kRows;
+
 // What the same rows add to dB^T and dA.
 COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_t begin, int64_t last, const Work& work,
                                  bool fresh, float* dA, float* dB) {
@@ -253,18 +257,15 @@ COLLM_TILES_INLINE void add_sums(const Backward<BFloat16>& f, int64_t m0, int64_
 }
 
 // dx = sum over the projections of dy W + mask (ds A) for the parts begin .. end - 1 of the rows, and the parts' sums
-// of dA and dB^T. `masked` has room for [projections][1024] sums.
+// of dA and dB^T. From the first part on each part's stand in the place of the first, and fold(n) adds those of
+// projection n up, while they are in a cache. `masked` has room for [projections][1024] sums.
+template <typename Fold>
 COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& group, const Right& right,
-                                      std::vector<Work>& works, int64_t begin, int64_t end, float* masked) {
+                                      std::vector<Work>& works, int64_t begin, int64_t end, float* masked,
+                                      const Fold& fold) {
   const Backward<BFloat16>& any = group.front();
   const int64_t count = static_cast<int64_t>(group.size()), at_once = block_rows(right);
   const auto rows_of = [&](int64_t part) { return any.parts.begin(part + 1) - any.parts.begin(part); };
-  // So many rows of x and dy stay in the second-level cache until they are read a second time: they are summed over
-  // before a product of more rows, and after those of fewer.
-  constexpr int64_t kSumBytes = int64_t{384} << 10;
-  const auto run_of = [&](const Backward<BFloat16>& f) {
-    return std::clamp<int64_t>(kSumBytes / (2 * (f.K + f.N)) / kRows, 2, kBlockRows / kRows) * kRows;
-  };
   std::vector<Side> sides(group.size());
   std::vector<avx512::Drawing> drawings(group.size());
   configure();
@@ -272,24 +273,23 @@ COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& gro
     drawings[n] = mask_from(group[n], any.parts.begin(begin), std::min(at_once, rows_of(begin)), works[n].keep);
   }
   for (int64_t part = begin; part < end; ++part) {
-    const int64_t first = any.parts.begin(part), stop = any.parts.begin(part + 1);
+    const int64_t first = any.parts.begin(part), stop = any.parts.begin(part + 1), place = begin == 0 ? 0 : part;
     for (int64_t m = first, m0 = first; m < stop; m += at_once) {
       const int64_t last = std::min(m + at_once, stop), done = m - m0;
       const int64_t more = last < stop ? stop - last : part + 1 < end ? rows_of(part + 1) : 0;
       const bool ends = last == stop || last - m0 == kBlockRows;
       const auto add = [&](int64_t n, int64_t from, int64_t to) COLLM_TILES {
         const Backward<BFloat16>& f = group[n];
-        add_sums(f, m0, from, to, works[n], from == first, f.parts.A(part), f.parts.B(part));
+        add_sums(f, m0, from, to, works[n], from == first, f.parts.A(place), f.parts.B(place));
       };
       for (int64_t n = 0; n < count; ++n) {
         const Backward<BFloat16>& f = group[n];
         Work& work = works[n];
         drawings[n].rest<_MM_HINT_T1>();
-        const int64_t run = run_of(f);
-        for (int64_t from = m; from < last; from += run) {
-          const int64_t to = std::min(from + run, last);
+        for (int64_t from = m; from < last; from += kSumRows) {
+          const int64_t to = std::min(from + kSumRows, last);
           prepare(f, m0, from, to, work);
-          if (run <= at_once) {
+          if (kSumRows <= at_once) {
             add(n, from, to);
           }
         }
@@ -300,15 +300,17 @@ COLLM_TILES inline void backward_rows(const std::vector<Backward<BFloat16>>& gro
       multiply(
           {sides.data(), count, right, last - m, nullptr, masked, any.add, any.dx + m * any.K, drawings.data(), count});
       for (int64_t n = 0; n < count; ++n) {
-        const int64_t run = run_of(group[n]);
-        if (run > at_once && (ends || (last - m0) % run == 0)) {
-          add(n, m0 + (last - m0 - 1) / run * run, last);
+        if (kSumRows > at_once && (ends || (last - m0) % kSumRows == 0)) {
+          add(n, m0 + (last - m0 - 1) / kSumRows * kSumRows, last);
         }
         if (ends) {
           std::swap(works[n].keep, works[n].next_keep);
         }
       }
       m0 = ends ? last : m0;
+    }
+    for (int64_t n = 0; begin == 0 && n < count; ++n) {
+      fold(n);
     }
   }
   _tile_release();

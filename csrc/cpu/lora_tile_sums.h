@@ -21,7 +21,7 @@ struct RankLeft {
   int64_t groups() const { return rows() / 16; }              // of sixteen ranks
   int64_t each() const { return half() ? 2 : kPieces; }       // tiles of one group
   int64_t size() const { return groups() * each() * kTile; }  // numbers
-  int64_t sums() const { return half() ? 2 : 1; }             // of each rank, eight rows apart
+  int64_t piece() const { return half() ? 8 : 0; }            // rows from a rank's sum to its second one; 0: none
 
   // s [rows][stride]; what does not exist counts as zero.
   COLLM_TILES_INLINE void pack(const float* s, int64_t rows, int64_t stride, uint16_t* out) const {
@@ -175,7 +175,7 @@ struct Outer {
         } else if (both) {
           pair();
           load_pair(ring[used++ % kRing]);
-          add_group<1, Each>(from);
+          add_group<1, Each, true>(from);
         }
       }
       _tile_stored(0, to, stride);
@@ -194,10 +194,12 @@ struct Outer {
   }
 
   // Tiles 0 and 1, or 2 and 3, += all tiles of one group by the pair that is loaded.
-  template <int Place, int Each>
+  template <int Place, int Each, bool Again = false>
   COLLM_TILES_INLINE static void add_group(const uint16_t* from) {
-    _tile_loadd(4, from, 64);
-    _tile_loadd(5, from + kTile, 64);
+    if constexpr (!Again || Each > 2) {
+      _tile_loadd(4, from, 64);
+      _tile_loadd(5, from + kTile, 64);
+    }
     if constexpr (Place == 0) {
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
