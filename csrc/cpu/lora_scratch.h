@@ -1,6 +1,5 @@
 // Working memory of lora_linear and path_attention that a thread keeps between calls: fresh pages cost more than the
-// passes over them. Large blocks lie in huge pages where the system grants them: small ones share the sets of the
-// second-level cache by chance, and a packed weight that fills most of it then pushes parts of itself out.
+// passes over them.
 #pragma once
 
 #include <algorithm>
@@ -8,10 +7,6 @@
 #include <cstdint>
 #include <new>
 #include <utility>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace collm::lora {
 
@@ -25,7 +20,6 @@ class Spare {
   static constexpr std::align_val_t kAlign{64};
 
   static Block take(int64_t bytes) {
-    bytes = is_large(bytes) ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes;
     Spare& spare = of_this_thread();
     Block* best = nullptr;
     for (Block& block : spare.blocks_) {
@@ -37,7 +31,7 @@ class Spare {
     if (best != nullptr && best->bytes <= 2 * bytes + kSmall) {
       return std::exchange(*best, Block{});
     }
-    return {is_large(bytes) ? map(bytes) : ::operator new(static_cast<size_t>(bytes), kAlign), bytes};
+    return {::operator new(static_cast<size_t>(bytes), kAlign), bytes};
   }
 
   static void give_back(Block block) {
@@ -75,44 +69,14 @@ class Spare {
 #else
   static constexpr int64_t kKept = int64_t{32} << 20;
 #endif
-  static constexpr int64_t kSmall = int64_t{64} << 10, kLarge = int64_t{512} << 10, kHugePage = int64_t{2} << 20;
-#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
-  static bool is_large(int64_t bytes) { return bytes > kLarge; }
-
-  // From the border of a huge page on; what had to be mapped around it goes back at once.
-  static void* map(int64_t bytes) {
-    const size_t size = static_cast<size_t>(bytes);
-    void* all = ::mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (all == MAP_FAILED) {
-      throw std::bad_alloc();
-    }
-    char* begin = static_cast<char*>(all);
-    const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
-    unmap(begin, before);
-    unmap(begin + before + size, kHugePage - before);
-    // A request: where it is refused the pages are small.
-    ::madvise(begin + before, size, MADV_HUGEPAGE);
-    return begin + before;
-  }
-  static void unmap(void* begin, size_t size) {
-    if (size > 0) {
-      ::munmap(begin, size);
-    }
-  }
-#else
-  static bool is_large(int64_t) { return false; }
-  static void* map(int64_t) { return nullptr; }
-  static void unmap(void*, size_t) {}
-#endif
+  static constexpr int64_t kSmall = int64_t{64} << 10;
 
   static Spare& of_this_thread() {
     thread_local Spare spare;
     return spare;
   }
   static void release(const Block& block) {
-    if (is_large(block.bytes)) {
-      unmap(block.data, static_cast<size_t>(block.bytes));
-    } else if (block.data != nullptr) {
+    if (block.data != nullptr) {
       ::operator delete(block.data, kAlign);
     }
   }
