@@ -22,7 +22,7 @@ using avx512::kRows;
 constexpr int64_t kPanel = 48;      // outputs of one block of sums: three vectors
 constexpr int64_t kSub = 8;         // and its rows: 24 sums in registers
 constexpr int64_t kRun = 320;       // terms summed apart
-constexpr int64_t kBlockRows = 32;  // rows whose masks and low-rank parts are made before their product
+constexpr int64_t kBlockRows = 64;  // rows that share a panel of a product while it is in a cache
 // Of a whole group; longer sums leave the cache, and rows 4 KB apart share its lines.
 constexpr int64_t kMaxTerms = 960;
 constexpr int64_t kAhead = 24 * kPanel;  // what of a panel is asked for before it is used: 24 steps
@@ -94,12 +94,33 @@ struct Side {
   int64_t keep_stride;
 };
 
+// Rows that will be read soon, asked for a few lines at a time.
+struct Upcoming {
+  const float* data;
+  int64_t stride, columns, rows, row = 0, column = 0;
+
+  int64_t lines() const { return rows * ((columns + 15) / 16); }
+  // Asks for up to n lines; returns how many of them are left to ask for.
+  COLLM_AVX512_INLINE int64_t ask(int64_t n) {
+    for (; n > 0 && row < rows; --n) {
+      _mm_prefetch(reinterpret_cast<const char*>(data + row * stride + column), _MM_HINT_T1);
+      column += 16;
+      if (column >= columns) {
+        column = 0, ++row;
+      }
+    }
+    return n;
+  }
+};
+
 struct Block {
   const Side* sides;
   int64_t count, rows;
   Right right;
   const float* start;  // [outputs], null: zero
   float* out;          // [rows][outputs]
+  Upcoming* next;      // what the next block will read, asked for meanwhile
+  int64_t nexts;
 };
 
 // The sums of kSub rows by one panel from `start` (null: zero) on: the low-rank part, masked.
@@ -137,6 +158,17 @@ COLLM_AVX512_INLINE void start_sums(const Side& p, int64_t outputs, const float*
       for (int v = 0; v < 3; ++v) {
         sum[i][v] = _mm512_maskz_mov_ps(bits[v], sum[i][v]);
       }
+    }
+  }
+}
+
+// The lines of kSub rows of one panel's outputs: they are written when the sums are there, and come from far.
+COLLM_AVX512_INLINE void ask_for_outputs(const Block& p, int64_t row, int64_t panel) {
+  for (int64_t i = row; i < std::min(row + kSub, p.rows); ++i) {
+    const char* to = reinterpret_cast<const char*>(p.out + i * p.right.outputs + panel * kPanel);
+#pragma GCC unroll 3
+    for (int64_t v = 0; v < 3; ++v) {
+      _mm_prefetch(to + 64 * v, _MM_HINT_T0);
     }
   }
 }
@@ -222,11 +254,23 @@ COLLM_AVX512_INLINE void multiply_panel(const Block& p, int64_t row, int64_t pan
   }
 }
 
-// All panels pass by kSub rows, which stay in the first-level cache: one stream out of the second, and rows of x and y
-// from their beginning to their end, which the processor sees coming. Asking for any of them costs more than it gains.
 COLLM_AVX512_INLINE void multiply(const Block& p) {
-  for (int64_t row = 0; row < p.rows; row += kSub) {
-    for (int64_t panel = 0; panel < p.right.panels(); ++panel) {
+  // The next block is asked for beside the last panels: what comes earlier the packed factor has pushed out by then.
+  const int64_t panels = p.right.panels(), late = panels - (panels + 3) / 4;
+  int64_t lines = 0;
+  for (int64_t n = 0; n < p.nexts; ++n) {
+    lines += p.next[n].lines();
+  }
+  const int64_t calls = std::max<int64_t>(1, (panels - late) * ((p.rows + kSub - 1) / kSub));
+  const int64_t share = (lines + calls - 1) / calls;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    for (int64_t row = 0; row < p.rows; row += kSub) {
+      int64_t left = panel < late ? 0 : share;
+      for (int64_t n = 0; n < p.nexts && left > 0; ++n) {
+        left = p.next[n].ask(left);
+      }
+      const bool more = row + kSub < p.rows;
+      ask_for_outputs(p, more ? row + kSub : 0, more ? panel : panel + 1);
       multiply_panel(p, row, panel);
     }
   }
@@ -242,7 +286,8 @@ COLLM_AVX512 inline void forward_rows(const Forward<float>& f, const Right& righ
       avx512::project_x(f, m, std::min(kRows, last - m), s + (m - m0) * rp);
     }
     const Side side{f.x + m0 * f.x_stride, f.x_stride, part, s, f.b, nullptr, 0};
-    multiply({&side, 1, last - m0, right, f.bias, f.y + m0 * f.N});
+    Upcoming next{f.x + last * f.x_stride, f.x_stride, f.K, std::min(kBlockRows, end - last)};
+    multiply({&side, 1, last - m0, right, f.bias, f.y + m0 * f.N, &next, 1});
   }
 }
 
@@ -252,10 +297,14 @@ COLLM_AVX512 inline void backward_rows(const std::vector<Backward<float>>& group
   const Backward<float>& any = group.front();
   const int64_t stride = avx512::keep_stride(any.K), end = any.parts.begin(part + 1);
   std::vector<Side> sides(group.size());
+  std::vector<Upcoming> next;
   for (int64_t m0 = any.parts.begin(part); m0 < end; m0 += kBlockRows) {
     const int64_t last = std::min(m0 + kBlockRows, end);
+    const int64_t more = std::min(kBlockRows, any.parts.M - last);
     float* coefficients = ds;
     uint16_t* bits = keep;
+    bool reads_x = false;
+    next.clear();
     for (size_t n = 0; n < group.size(); ++n) {
       const Backward<float>& f = group[n];
       const int64_t rp = padded(f.r);
@@ -266,11 +315,16 @@ COLLM_AVX512 inline void backward_rows(const std::vector<Backward<float>>& group
         avx512::mask_x(f, m, rows, to, bits + (m - m0) * stride, f.parts.A(part));
       }
       sides[n] = {f.grad + m0 * f.grad_stride, f.grad_stride, places[n], coefficients, f.a, bits, stride};
+      next.push_back({f.grad + last * f.grad_stride, f.grad_stride, f.N, more});
+      if (f.x != nullptr && !std::exchange(reads_x, true)) {
+        next.push_back({f.x + last * f.x_stride, f.x_stride, f.K, more});
+      }
       coefficients += kBlockRows * rp;
       bits += kBlockRows * stride;
     }
     const int64_t count = static_cast<int64_t>(group.size());
-    multiply({sides.data(), count, last - m0, right, nullptr, any.dx + m0 * any.K});
+    multiply({sides.data(), count, last - m0, right, nullptr, any.dx + m0 * any.K, next.data(),
+              static_cast<int64_t>(next.size())});
   }
 }
 
