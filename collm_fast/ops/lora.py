@@ -253,9 +253,6 @@ def lora_linear(
         check_linear(x, weight, bias)
         return torch.nn.functional.linear(x, weight, bias)
     p = dropout_p if training else 0.0
-    if p == 0.0:
-        seed = None
-    elif not isinstance(seed, Tensor):
-        seed = seed_tensor("lora_linear", seed, x.device)
+    seed = seed_tensor("lora_linear", seed, x.device) if p > 0.0 else None
     y: Tensor = _lora_linear(x, weight, bias, lora_A, lora_B, scaling, p, seed, stream)[0]
     return y

@@ -251,7 +251,7 @@ class Sums {
       f.parts.count = partial_sums(M, bytes);
       f.parts.data_A = room(f.parts.count * f.parts.size_A);
       f.parts.data_B = room(f.parts.count * f.parts.size_B);
-      totals_.push_back({room(f.parts.size_A), room(f.parts.size_B)});
+      totals_.push_back(place_ == nullptr ? Total{} : Total{room(f.parts.size_A), room(f.parts.size_B)});
     }
   }
 
@@ -284,7 +284,7 @@ class Sums {
  private:
   // The sums of dA and dB^T over the first parts, of one projection.
   struct Total {
-    W *A, *B;
+    W *A = nullptr, *B = nullptr;  // room for them, where parts are folded
     int64_t parts = 0;
   };
 

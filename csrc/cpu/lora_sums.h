@@ -77,10 +77,10 @@ struct Partial {
         }
         for (int64_t o = 0; o < ranks; ++o) {
           const W* sum = sums.data() + o * width;
-          T* first = to + (transposed ? c0 * ranks + o : o * columns + c0);
+          T* into = to + (transposed ? c0 * ranks + o : o * columns + c0);
           const int64_t step = transposed ? ranks : 1;
           for (int64_t c = 0; c < n; ++c) {
-            first[c * step] = static_cast<T>(scale * sum[c / kWhole * kWhole + at[c % kWhole]]);
+            into[c * step] = static_cast<T>(scale * sum[c / kWhole * kWhole + at[c % kWhole]]);
           }
         }
       }

@@ -48,7 +48,7 @@ struct RankLeft {
           cut(_mm512_castsi512_ps(v[c]), piece);
 #pragma GCC unroll 3
           for (int64_t i = 0; i < kPieces; ++i) {
-            const int64_t row = half() ? 8 * i + c : 16 * i + c;
+            const int64_t row = (half() ? 8 : 16) * i + c;
             _mm256_store_si256(reinterpret_cast<__m256i*>(out + row * kRows + 16 * h), piece[i]);
           }
         }
@@ -200,26 +200,29 @@ struct Outer {
       _tile_loadd(4, from, 64);
       _tile_loadd(5, from + kTile, 64);
     }
-    if constexpr (Place == 0) {
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(0, 5, 6);
-      _tile_dpbf16ps(1, 5, 7);
-    } else {
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_dpbf16ps(3, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    add_products<Place, 4>();
+    add_products<Place, 5>();
     if constexpr (Each == 3) {
       _tile_loadd(4, from + 2 * kTile, 64);
-      if constexpr (Place == 0) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-      } else {
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_dpbf16ps(3, 4, 7);
-      }
+      add_products<Place, 4>();
+    }
+  }
+
+  // Tiles 0 and 1, or 2 and 3, += the left tile 4, or 5, by both of the pair. Instructions name their tiles.
+  template <int Place, int Left>
+  COLLM_TILES_INLINE static void add_products() {
+    if constexpr (Place == 0 && Left == 4) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    } else if constexpr (Place == 0) {
+      _tile_dpbf16ps(0, 5, 6);
+      _tile_dpbf16ps(1, 5, 7);
+    } else if constexpr (Left == 4) {
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(3, 4, 7);
+    } else {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
   }
 };

@@ -316,12 +316,13 @@ def test_the_same_bits_every_time() -> None:
 
 
 @requires("native")
-def test_the_same_bits_in_bfloat16() -> None:
-    same_bits(torch.bfloat16)
+@pytest.mark.parametrize("r", [8, 40])
+def test_the_same_bits_in_bfloat16(r: int) -> None:
+    same_bits(torch.bfloat16, r)
 
 
-def same_bits(dtype: torch.dtype) -> None:
-    case = make((700, 600), 520, 8, dtype, torch.float32, "cpu")
+def same_bits(dtype: torch.dtype, r: int = 8) -> None:
+    case = make((700, 600), 520, r, dtype, torch.float32, "cpu")
     options = {"dropout_p": 0.05, "seed": 8, "training": True}
     first = run(lora_linear, case, **options)
     for a, b in zip(first, run(lora_linear, case, **options), strict=True):
