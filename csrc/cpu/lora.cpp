@@ -1,15 +1,16 @@
 // lora_linear and lora_linear_group on the CPU: the choice of a kernel, the vendor's matrix product, registration. One
 // projection is a group of one.
 //
-// The passes over the rows are in lora_rows.h (any CPU) and lora_avx512.h; products of our own with them are behind
-// lora_own.h. Everywhere else the passes write the bias and the low-rank part, and the vendor's product is added to
-// them (beta = 1).
+// The passes over the rows are in lora_rows.h (any CPU) and lora_avx512.h; the product of our own with them is behind
+// lora_own.h. The vendor's product goes by blocks of rows, each followed by the passes (lora_vendor.h), or the passes
+// write the bias and the low-rank part of all rows first and the product is added to them (beta = 1).
 #include "isa.h"
 #include "lora_group.h"
 #include "lora_own.h"
 #include "lora_rows.h"
 #include "lora_scratch.h"
 #include "lora_sums.h"
+#include "lora_vendor.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -133,6 +134,16 @@ void add_product(const Tensor& out, const Tensor& base, const Tensor& left, cons
 void set_product(const Tensor& out, const Tensor& left, const Tensor& right) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
+// One or the other, for the rows past the whole blocks.
+void multiply_rest(const vendor::Blocks& blocks, bool add, Tensor out, Tensor left, const Tensor& right) {
+  const int64_t from = blocks.whole(), rows = blocks.M - from;
+  if (rows == 0) {
+    return;
+  }
+  const Tensor to = torch::stable::narrow(out, 0, from, rows);
+  const Tensor of = torch::stable::narrow(left, 0, from, rows);
+  add ? add_product(to, to, of, right) : set_product(to, of, right);
+}
 
 // The factors of a call's projections, unpacked.
 template <typename T>
@@ -183,16 +194,30 @@ void forward_into(const Tensor& x, const Projection& of, double scaling, double 
   }
   const std::array<int64_t, 2> flat{M, f.N};
   const Tensor out = torch::stable::view(y, flat), right = torch::stable::transpose(of.weight, 0, 1);
-  if (f.r > 0) {
-    const auto run = Rows<T>::forward();
-    torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 1,
-                                [&](int64_t begin, int64_t end) { run(f, begin * kUnit, std::min(end * kUnit, M)); });
-    add_product(out, out, x, right);
-  } else if (of.bias) {
-    add_product(out, *of.bias, x, right);
-  } else {
-    set_product(out, x, right);
+  if (f.r == 0) {
+    of.bias ? add_product(out, *of.bias, x, right) : set_product(out, x, right);
+    return;
   }
+  const auto run = Rows<T>::forward();
+  if constexpr (std::is_same_v<T, float>) {
+    const vendor::Blocks blocks = vendor::Blocks::for_threads(M);
+    if (blocks.serve(f.x_stride, K, f.N)) {
+      const vendor::Packed packed(of.weight, 1, blocks.rows);
+      multiply_rest(blocks, false, out, x, right);
+      f.add = true;
+      torch::stable::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          const int64_t m = blocks.begin(b);
+          packed.multiply(f.x + m * f.x_stride, f.x_stride, false, f.y + m * f.N);
+          run(f, m, blocks.begin(b + 1));
+        }
+      });
+      return;
+    }
+  }
+  torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 1,
+                              [&](int64_t begin, int64_t end) { run(f, begin * kUnit, std::min(end * kUnit, M)); });
+  add_product(out, out, x, right);
 }
 
 void run_forward(const Tensor& x, const Forwards& call, double scaling, double dropout_p) {
@@ -234,8 +259,8 @@ class Sums {
  public:
   using W = typename Wide<T>::type;
 
-  // Cuts the rows, and gives each of `all` room for its sums.
-  Sums(const std::vector<Gradient>& group, std::vector<Backward<T>>& all, int64_t M, bool own) {
+  // Cuts the M rows between units, and gives each of `all` room for its sums.
+  Sums(const std::vector<Gradient>& group, std::vector<Backward<T>>& all, int64_t M, int64_t unit, bool own) {
     int64_t bytes = 0;
     for (size_t n = 0; n < all.size(); ++n) {
       Backward<T>& f = all[n];
@@ -244,7 +269,7 @@ class Sums {
         rows = own ? Own<T>::rank_rows(f.r) : rows;
         place_ = own ? Own<T>::kPlace : nullptr;
       }
-      f.parts = {M, 1, group[n].x ? rows * f.a.stride : 0, group[n].s ? rows * f.b.stride : 0};
+      f.parts = {M, unit, 1, group[n].x ? rows * f.a.stride : 0, group[n].s ? rows * f.b.stride : 0};
       bytes += (f.parts.size_A + f.parts.size_B) * static_cast<int64_t>(sizeof(W));
     }
     for (Backward<T>& f : all) {
@@ -325,7 +350,11 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
   Factors<T> factors;
   std::vector<Backward<T>> all;
   int64_t terms = 0, widest = 0;
-  bool begun = false;
+  const vendor::Blocks blocks = vendor::Blocks::of(M);
+  const bool by_blocks = dx && std::is_same_v<T, float> && std::all_of(group.begin(), group.end(), [&](const auto& g) {
+                           return blocks.serve(g.grad.stride(0), g.of.weight.size(0), K);
+                         });
+  bool begun = by_blocks;
   for (const Gradient& g : group) {
     Backward<T> f{};
     f.grad = static_cast<const T*>(g.grad.data_ptr());
@@ -345,7 +374,8 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
     all.push_back(f);
   }
   const bool own = dx && Own<T>::serves({M, terms, widest, K});
-  Sums<T> sums(group, all, M, own);
+  // Cut as the blocks are, whether or not these threads go by them: dA and dB are the same with any number of them.
+  Sums<T> sums(group, all, M, std::is_same_v<T, float> ? std::max<int64_t>(blocks.rows, 1) : 1, own);
   if constexpr (has_own<T>) {
     if (own) {
       std::vector<Frozen> weights;
@@ -357,18 +387,41 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
   }
   if (!own) {
     const auto run = Rows<T>::backward();
-    torch::stable::parallel_for(0, all.front().parts.count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
+    const std::array<int64_t, 2> flat{M, K};
+    std::vector<vendor::Packed> packed;
+    for (size_t n = 0; by_blocks && n < group.size(); ++n) {
+      packed.emplace_back(group[n].of.weight, 0, blocks.rows);
+      multiply_rest(blocks, n > 0, torch::stable::view(*dx, flat), group[n].grad, group[n].of.weight);
+    }
+    // Both sides of the rows begin .. end - 1 of one part: a block of them, or all.
+    const auto run_rows = [&](int64_t part, int64_t begin, int64_t end) {
+      if constexpr (std::is_same_v<T, float>) {
+        for (size_t n = 0; n < packed.size(); ++n) {
+          const Backward<T>& f = all[n];
+          packed[n].multiply(f.grad + begin * f.grad_stride, f.grad_stride, n > 0, f.dx + begin * K);
+        }
+      }
+      for (const Backward<T>& f : all) {
+        if (f.r > 0) {
+          run(f, begin, end, f.parts.A(part), f.parts.B(part));
+        }
+      }
+    };
+    const Parts<W>& parts = all.front().parts;
+    torch::stable::parallel_for(0, parts.count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t p = first; p < last; ++p) {
         for (const Backward<T>& f : all) {
           f.parts.clear(p);
-          if (f.r > 0) {
-            run(f, f.parts.begin(p), f.parts.begin(p + 1), f.parts.A(p), f.parts.B(p));
-          }
+        }
+        int64_t begin = parts.begin(p), end = parts.begin(p + 1);
+        while (begin < end) {
+          const int64_t next = by_blocks ? blocks.begin(begin / blocks.rows + 1) : end;
+          run_rows(p, begin, next);
+          begin = next;
         }
       }
     });
-    for (size_t n = 0; dx && M > 0 && n < group.size(); ++n) {
-      const std::array<int64_t, 2> flat{M, K};
+    for (size_t n = 0; dx && !by_blocks && M > 0 && n < group.size(); ++n) {
       const Tensor out = torch::stable::view(*dx, flat);
       if (std::exchange(begun, true)) {
         add_product(out, out, group[n].grad, group[n].of.weight);

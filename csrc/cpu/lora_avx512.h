@@ -44,6 +44,12 @@ COLLM_AVX512_INLINE void store16(T* p, __mmask16 keep, __m512 v) {
   }
 }
 
+// What the loop reads or writes soon: from beyond the first-level cache its lines come too late otherwise.
+template <typename T>
+COLLM_AVX512_INLINE void ask_for(const T* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
+
 // The transpose of sixteen vectors.
 COLLM_AVX512_INLINE void transpose(__m512i (&v)[16]) {
   __m512i t[16];
@@ -99,10 +105,12 @@ COLLM_AVX512_INLINE void project8(const T* v, int64_t v_stride, const uint16_t* 
 #pragma GCC unroll 2
     for (int i = 0; i < Rows; ++i) {
       row[i] = load16(v + i * v_stride + k, keep[i * keep_stride + k / 16]);
+      ask_for(v + (i + Rows) * v_stride + k);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m512 f = _mm512_load_ps(factor.data + j * factor.stride + k);
+      __m512 f = _mm512_load_ps(factor.data + j * factor.stride + k);
+      asm("" : "+v"(f));  // in a register: read anew for each row, it would take more loads than multiplications
 #pragma GCC unroll 2
       for (int i = 0; i < Rows; ++i) {
         sum[8 * i + j] = _mm512_fmadd_ps(row[i], f, sum[8 * i + j]);
@@ -147,6 +155,8 @@ COLLM_AVX512_INLINE void expand(const float* s, int64_t r, int64_t rp, int64_t r
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         sum[i][0] = s0, sum[i][1] = s1;
+        ask_for(out + (i0 + i) * out_stride + k + 32);
+        ask_for(out + (i0 + i) * out_stride + k + 48);
       }
       for (int64_t j = 0; j < r; ++j) {
         const __m512 f0 = _mm512_load_ps(factor.data + j * factor.stride + k);
@@ -164,10 +174,9 @@ COLLM_AVX512_INLINE void expand(const float* s, int64_t r, int64_t rp, int64_t r
         if (i0 + i < rows) {
           const uint16_t* bits = keep + (i0 + i) * keep_stride + k / 16;
           T* to = out + (i0 + i) * out_stride + k;
-          __m512 v0 = _mm512_maskz_mov_ps(bits[0], sum[i][0]), v1 = _mm512_maskz_mov_ps(bits[1], sum[i][1]);
-          if (add) {
-            v0 = _mm512_add_ps(v0, load16(to, e0)), v1 = _mm512_add_ps(v1, load16(to + 16, e1));
-          }
+          const __m512 b0 = add ? load16(to, e0) : _mm512_setzero_ps(), b1 = add ? load16(to + 16, e1) : b0;
+          const __m512 v0 = _mm512_mask_add_ps(b0, bits[0], b0, sum[i][0]);
+          const __m512 v1 = _mm512_mask_add_ps(b1, bits[1], b1, sum[i][1]);
           store16(to, e0, v0);
           store16(to + 16, e1, v1);
         }
@@ -191,6 +200,8 @@ COLLM_AVX512_INLINE void outer(const float* s, int64_t rp, const T* v, int64_t v
       for (int64_t i = 0; i < rows; ++i) {
         const uint16_t* bits = keep + i * keep_stride + k / 16;
         const __m512 v0 = load16(v + i * v_stride + k, bits[0]), v1 = load16(v + i * v_stride + k + 16, bits[1]);
+        ask_for(v + i * v_stride + k + 32);
+        ask_for(v + i * v_stride + k + 48);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
           const __m512 c = _mm512_set1_ps(s[i * rp + j0 + j]);
@@ -241,7 +252,7 @@ COLLM_AVX512_INLINE void forward_rows(const Forward<T>& f, int64_t begin, int64_
     project_x(f, m, rows, s);
     for (int64_t k = 0; k < f.N; k += kColumns) {
       const int64_t n = std::min(kColumns, f.N - k);
-      expand<T>(s, f.r, rp, rows, {f.b.data + k, f.b.stride}, f.bias + k, all, 0, n, false, f.y + m * f.N + k, f.N);
+      expand<T>(s, f.r, rp, rows, {f.b.data + k, f.b.stride}, f.bias + k, all, 0, n, f.add, f.y + m * f.N + k, f.N);
     }
   }
 }
@@ -274,19 +285,6 @@ COLLM_AVX512_INLINE void project_grad(const Backward<T>& f, int64_t m, int64_t r
   const float scale = f.scaling * static_cast<float>(f.dropout.scale);
   for (int64_t i = 0; i < rows * rp; ++i) {
     ds[i] *= scale;
-  }
-}
-
-// The mask of kRows rows from m on, all columns, into `keep`; dA += ds^T dropout(x), without the scale.
-template <typename T>
-COLLM_AVX512_INLINE void mask_x(const Backward<T>& f, int64_t m, int64_t rows, const float* ds, uint16_t* keep,
-                                float* dA) {
-  const int64_t stride = keep_stride(f.K);
-  const T* x = f.x == nullptr ? nullptr : f.x + m * f.x_stride;
-  draw_keep(f.dropout, static_cast<uint64_t>(m), rows, 0, f.K, keep, stride, Ahead::of(x, f.x_stride));
-  for (int64_t k = 0; k < f.K && f.x != nullptr; k += kColumns) {
-    const int64_t n = std::min(kColumns, f.K - k);
-    outer(ds, padded(f.r), f.x + m * f.x_stride + k, f.x_stride, rows, keep + k / 16, stride, n, dA + k, f.a.stride);
   }
 }
 

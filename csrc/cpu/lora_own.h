@@ -1,11 +1,7 @@
-// The products of our own behind one face, as csrc/cpu/lora.cpp calls them: whether they serve, packing, both
-// directions.
-//
-// lora_product.h is the one in float32, lora_tile_product.h with lora_tile_passes.h the one in bfloat16. Where neither
-// serves, the product is the vendor's.
+// The product of our own, in bfloat16 on AMX tiles (lora_tile_product.h, lora_tile_passes.h), as csrc/cpu/lora.cpp
+// calls it: whether it serves, packing, both directions. Everywhere else the product is the vendor's.
 #pragma once
 
-#include "lora_product.h"
 #include "lora_scratch.h"
 #include "lora_tile_passes.h"
 
@@ -16,12 +12,12 @@
 
 namespace collm::lora {
 
-// What a product is asked for: rows, the terms of all projections together and of the widest, outputs.
+// What it is asked for: rows, the terms of all projections together and of the widest, outputs.
 struct Asked {
   int64_t M, terms, widest, outputs;
 };
 
-// Whether they compute the product of a dtype, and how.
+// Whether it computes the product of a dtype, and how.
 template <typename T>
 struct Own {
   static bool serves(const Asked&) { return false; }
@@ -37,16 +33,14 @@ struct Frozen {
 constexpr int64_t kUnit = 32;
 #if defined(COLLM_X86)
 template <typename T>
-constexpr bool has_own = std::is_same_v<T, float> || std::is_same_v<T, torch::headeronly::BFloat16>;
+constexpr bool has_own = std::is_same_v<T, torch::headeronly::BFloat16>;
 
 // Frozen weights as the right factor of a product over their dimension `term`, packed one below the other.
-template <typename T, typename R, typename P>
 class Packed {
  public:
-  using Pack = void (*)(const T*, int64_t, int64_t, Factor<float>, const R&, const P&, int64_t, int64_t,
-                        typename R::Word*);
+  using T = torch::headeronly::BFloat16;
 
-  Packed(const std::vector<Frozen>& parts, int64_t term, Pack pack)
+  Packed(const std::vector<Frozen>& parts, int64_t term)
       : right_{parts.front().weight.size(1 - term)}, buffer_(place(parts, term)) {
     right_.data = buffer_.data();
     for (size_t n = 0; n < parts.size(); ++n) {
@@ -59,12 +53,12 @@ class Packed {
       const T* from = static_cast<const T*>(w.data_ptr());
       const int64_t term_stride = w.stride(term), output_stride = w.stride(1 - term);
       torch::stable::parallel_for(0, right_.panels(), 4, [&](int64_t begin, int64_t end) {
-        pack(from, term_stride, output_stride, parts[n].factor, right_, places_[n], begin, end, buffer_.data());
+        tiles::pack(from, term_stride, output_stride, parts[n].factor, right_, places_[n], begin, end, buffer_.data());
       });
     }
   }
-  const R& right() const { return right_; }
-  const std::vector<P>& places() const { return places_; }
+  const tiles::Right& right() const { return right_; }
+  const std::vector<tiles::Part>& places() const { return places_; }
 
  private:
   // Returns how much room they take.
@@ -75,53 +69,14 @@ class Packed {
     return right_.size();
   }
 
-  R right_;
-  std::vector<P> places_;
-  Buffer<typename R::Word> buffer_;
-};
-
-template <>
-struct Own<float> {
-  using Packed = lora::Packed<float, product::Right, product::Part>;
-  // On fewer rows the vendor's product makes up for the pass around it: it need not pack the weight.
-  static constexpr int64_t kFewRows = 256;
-  static bool serves(const Asked& a) { return a.M >= kFewRows && product::Right::serves(a.terms); }
-  static constexpr auto kPlace = nullptr;
-  static int64_t piece(int64_t) { return 0; }
-  static int64_t rank_rows(int64_t r) { return padded(r); }
-
-  static void forward(const Forward<float>& f, const Frozen& weight, int64_t M) {
-    const Packed packed({weight}, 1, &product::pack);
-    torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
-      const Buffer<float> s(product::kBlockRows * padded(f.r));
-      product::forward_rows(f, packed.right(), packed.places()[0], begin * kUnit, std::min(end * kUnit, M), s.data());
-    });
-  }
-  template <typename Sums>
-  static void backward(const std::vector<Backward<float>>& group, const std::vector<Frozen>& weights, Sums&) {
-    const Packed packed(weights, 0, &product::pack);
-    const int64_t count = static_cast<int64_t>(group.size()), rows = product::kBlockRows;
-    int64_t ranks = 0;
-    for (const Backward<float>& f : group) {
-      ranks += padded(f.r);
-    }
-    torch::stable::parallel_for(0, group.front().parts.count, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<float> ds(rows * ranks);
-      const Buffer<uint16_t> keep(count * rows * avx512::keep_stride(group.front().K) + 4);
-      for (int64_t p = begin; p < end; ++p) {
-        for (const Backward<float>& f : group) {
-          f.parts.clear(p);
-        }
-        product::backward_rows(group, packed.right(), packed.places(), p, ds.data(), keep.data());
-      }
-    });
-  }
+  tiles::Right right_;
+  std::vector<tiles::Part> places_;
+  Buffer<uint16_t> buffer_;
 };
 
 template <>
 struct Own<torch::headeronly::BFloat16> {
   using T = torch::headeronly::BFloat16;
-  using Packed = lora::Packed<T, tiles::Right, tiles::Part>;
   // On fewer rows, or on fewer than one for so many numbers of the weight, it does not pay to pack that.
   static constexpr int64_t kFewRows = 32, kNumbersPerRow = int64_t{8} << 10;
   static bool serves(const Asked& a) {
@@ -144,7 +99,7 @@ struct Own<torch::headeronly::BFloat16> {
   };
 
   static void forward(const Forward<T>& f, const Frozen& weight, int64_t M) {
-    const Packed packed({weight}, 1, &tiles::pack);
+    const Packed packed({weight}, 1);
     const Rank rank(f.a, f.K, f.r);
     torch::stable::parallel_for(0, (M + kUnit - 1) / kUnit, 2, [&](int64_t begin, int64_t end) {
       const Buffer<uint16_t> scratch(tiles::forward_scratch(packed.right(), f.K));
@@ -171,7 +126,7 @@ struct Own<torch::headeronly::BFloat16> {
   template <typename Fold>
   static void backward_some(const std::vector<Backward<T>>& group, const std::vector<Frozen>& weights,
                             const Fold& fold) {
-    const Packed packed(weights, 0, &tiles::pack);
+    const Packed packed(weights, 0);
     std::vector<Rank> ranks;
     std::vector<tiles::Work> works;
     int64_t scratch = 0;

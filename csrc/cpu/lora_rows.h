@@ -56,16 +56,18 @@ struct Forward {
   W scaling;
   Dropout dropout;
   T* y;
+  bool add;  // to the frozen product that y holds
   W* s;
 };
 
-// The rows of a backward in parts, each with sums of its own of dA and dB^T; they are cut by the shapes alone.
+// The rows of a backward in parts of whole units, each with sums of its own of dA and dB^T; they are cut by the shapes
+// alone. Rows past the last unit are the last part's.
 template <typename W>
 struct Parts {
-  int64_t M, count, size_A, size_B;
+  int64_t M, unit, count, size_A, size_B;
   W *data_A = nullptr, *data_B = nullptr;
 
-  int64_t begin(int64_t part) const { return M * part / count; }
+  int64_t begin(int64_t part) const { return part == count ? M : M / unit * part / count * unit; }
   W* A(int64_t part) const { return data_A + part * size_A; }
   W* B(int64_t part) const { return data_B + part * size_B; }
   void clear(int64_t part) const {
@@ -85,7 +87,7 @@ struct Backward {
   W scaling;
   Dropout dropout;
   T* dx;           // [M][K], null: not wanted
-  bool add;        // to what the projections before gave dx
+  bool add;        // to what dx holds
   Parts<W> parts;  // of dA and dB
 
   bool wants_ds() const { return dx != nullptr || x != nullptr; }
@@ -241,6 +243,17 @@ COLLM_INLINE void outer(const W* s, int64_t rp, const W* v, int64_t n, W* out, i
   }
 }
 
+// to[c] = v[c], or that much more, for n columns of one row.
+template <typename T, typename W>
+COLLM_INLINE void store_stretch(const W* v, int64_t n, bool add, T* to) {
+  for (int64_t c = 0; add && c < n; ++c) {
+    to[c] = narrow<T, W>(v[c] + widen(to[c]));
+  }
+  for (int64_t c = 0; !add && c < n; ++c) {
+    to[c] = narrow<T, W>(v[c]);
+  }
+}
+
 template <typename T>
 COLLM_INLINE void forward_rows(const Forward<T>& f, int64_t begin, int64_t end) {
   using W = typename Wide<T>::type;
@@ -277,9 +290,7 @@ COLLM_INLINE void forward_rows(const Forward<T>& f, int64_t begin, int64_t end) 
       }
       expand<W>(s, rp, f.b.data + k, f.b.stride, n, v);
       for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t c = 0; c < n; ++c) {
-          f.y[(m + i) * f.N + k + c] = narrow<T, W>(v[i * kColumns + c]);
-        }
+        store_stretch<T, W>(v + i * kColumns, n, f.add, f.y + (m + i) * f.N + k);
       }
     }
   }
@@ -341,12 +352,7 @@ COLLM_INLINE void backward_rows(const Backward<T>& f, int64_t begin, int64_t end
         for (int64_t c = 0; has_mask && c < n; ++c) {
           from[c] = row[c] ? from[c] : W(0);
         }
-        for (int64_t c = 0; f.add && c < n; ++c) {
-          from[c] += widen(to[c]);
-        }
-        for (int64_t c = 0; c < n; ++c) {
-          to[c] = narrow<T, W>(from[c]);
-        }
+        store_stretch<T, W>(from, n, f.add, to);
       }
     }
   }

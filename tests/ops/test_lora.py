@@ -168,10 +168,8 @@ def test_arithmetic_of_strides(device: str) -> None:
         (290, 40, 2100, 5),
     ],
 )
-def test_kernels_of_our_own(dtype: torch.dtype, M: int, K: int, N: int, r: int) -> None:
+def test_packed_weights(dtype: torch.dtype, M: int, K: int, N: int, r: int) -> None:
     """Tails of rows, terms and outputs; weights packed from either order in memory and from neither."""
-    if dtype == torch.float32 and M < 256:
-        M += 256  # with fewer rows the product is the vendor's
     case = make((M, K), N, r, dtype, torch.float32, "cpu", bias=N != 33)
     padded = torch.randn(2 * N, 3 * K).to(dtype)
     padded[::2, ::3] = case.weight
@@ -203,6 +201,30 @@ def test_kernels_of_our_own(dtype: torch.dtype, M: int, K: int, N: int, r: int) 
     huge = Case(case.x.masked_fill(mask, 1e30), zero.weight, None, case.lora_A, case.lora_B, case.grad)
     for a, b in zip(run(lora_linear, huge, **options), run(lora_linear, zero, **options), strict=True):
         assert torch.equal(a, b)
+
+
+@requires("native")
+@pytest.mark.skipif(in_child(), reason="needs the compiled libraries")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("M", [127, 128, 255, 513, 1031, 4099, 17000])
+def test_blocks_of_rows(M: int, threads: int) -> None:
+    """Whole blocks and the rest; rows that overlap, and a weight whose rows do, which no packed product takes."""
+    case = make((M, 40), 24, 3, torch.float32, torch.float32, "cpu")
+    wide = torch.randn(M, 47)
+    overlapping = torch.randn(M + 40).as_strided((M, 40), (1, 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for x in (case.x, wide[:, 3:43], case.x[:1].expand(M, 40), overlapping):
+            check(Case(x, *_all_but_x(case)), dropout_p=0.25, seed=11, training=True)
+        same_rows = Case(case.x, case.weight[:1].expand(24, 40), *_all_but_x(case)[1:])
+        check(same_rows, dropout_p=0.25, seed=11, training=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _all_but_x(case: Case) -> tuple[Any, ...]:
+    return case.weight, case.bias, case.lora_A, case.lora_B, case.grad
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -311,8 +333,9 @@ def test_checkpointing_draws_the_same_mask() -> None:
         assert torch.equal(a, b)
 
 
-def test_the_same_bits_every_time() -> None:
-    same_bits(torch.float32)
+@pytest.mark.parametrize("M", [700, 2561])
+def test_the_same_bits_every_time(M: int) -> None:
+    same_bits(torch.float32, M=M)
 
 
 @requires("native")
@@ -321,8 +344,8 @@ def test_the_same_bits_in_bfloat16(r: int) -> None:
     same_bits(torch.bfloat16, r)
 
 
-def same_bits(dtype: torch.dtype, r: int = 8) -> None:
-    case = make((700, 600), 520, r, dtype, torch.float32, "cpu")
+def same_bits(dtype: torch.dtype, r: int = 8, M: int = 700) -> None:
+    case = make((M, 600), 520, r, dtype, torch.float32, "cpu")
     options = {"dropout_p": 0.05, "seed": 8, "training": True}
     first = run(lora_linear, case, **options)
     for a, b in zip(first, run(lora_linear, case, **options), strict=True):
