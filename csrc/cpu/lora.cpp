@@ -201,7 +201,7 @@ void forward_into(const Tensor& x, const Projection& of, double scaling, double 
   const auto run = Rows<T>::forward();
   if constexpr (std::is_same_v<T, float>) {
     const vendor::Blocks blocks = vendor::Blocks::for_threads(M);
-    if (blocks.serve(f.x_stride, K, f.N)) {
+    if (blocks.serve(blocks.count, f.x_stride, K, f.N)) {
       const vendor::Packed packed(of.weight, 1, blocks.rows);
       multiply_rest(blocks, false, out, x, right);
       f.add = true;
@@ -339,6 +339,65 @@ class Sums {
   std::vector<Buffer<W>> buffers_;
 };
 
+// dx, and the parts' sums of dA and dB, where the product is the vendor's: of a block of rows before the passes over
+// it, or of all rows after them.
+template <typename T>
+void by_vendor(const std::vector<Gradient>& group, std::vector<Backward<T>>& all, const vendor::Blocks& blocks,
+               const std::optional<Tensor>& dx) {
+  constexpr bool cut = std::is_same_v<T, float>;
+  const Parts<typename Wide<T>::type>& parts = all.front().parts;
+  const int64_t M = parts.M, K = all.front().K;
+  const bool by_blocks = cut && dx && std::all_of(group.begin(), group.end(), [&](const Gradient& g) {
+                           return blocks.serve(parts.count, g.grad.stride(0), g.of.weight.size(0), K);
+                         });
+  const std::array<int64_t, 2> flat{M, K};
+  std::vector<vendor::Packed> packed;
+  for (size_t n = 0; by_blocks && n < group.size(); ++n) {
+    all[n].add = true;
+    packed.emplace_back(group[n].of.weight, 0, blocks.rows);
+    multiply_rest(blocks, n > 0, torch::stable::view(*dx, flat), group[n].grad, group[n].of.weight);
+  }
+  const auto run = Rows<T>::backward();
+  const auto run_rows = [&](int64_t part, int64_t begin, int64_t end) {
+    if constexpr (cut) {
+      for (size_t n = 0; n < packed.size(); ++n) {
+        const Backward<T>& f = all[n];
+        packed[n].multiply(f.grad + begin * f.grad_stride, f.grad_stride, n > 0, f.dx + begin * K);
+      }
+    }
+    for (const Backward<T>& f : all) {
+      if (f.r > 0) {
+        run(f, begin, end, f.parts.A(part), f.parts.B(part));
+      }
+    }
+  };
+  torch::stable::parallel_for(0, parts.count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      for (const Backward<T>& f : all) {
+        f.parts.clear(p);
+      }
+      int64_t begin = parts.begin(p), end = parts.begin(p + 1);
+      while (begin < end) {
+        const int64_t next = cut ? blocks.after(begin) : end;
+        run_rows(p, begin, next);
+        begin = next;
+      }
+    }
+  });
+  if (!dx || by_blocks || M == 0) {
+    return;
+  }
+  const Tensor out = torch::stable::view(*dx, flat);
+  bool begun = std::any_of(all.begin(), all.end(), [](const Backward<T>& f) { return f.r > 0; });
+  for (const Gradient& g : group) {
+    if (std::exchange(begun, true)) {
+      add_product(out, out, g.grad, g.of.weight);
+    } else {
+      set_product(out, g.grad, g.of.weight);
+    }
+  }
+}
+
 // dx where it is defined, and each projection's dA and dB, for the rows [M, N] of the gradients and [M, K] of x. dx is
 // one sum: of products of our own, each of as many projections as it holds, or of the vendor's, each added to it.
 template <typename T>
@@ -350,11 +409,7 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
   Factors<T> factors;
   std::vector<Backward<T>> all;
   int64_t terms = 0, widest = 0;
-  const vendor::Blocks blocks = vendor::Blocks::of(M);
-  const bool by_blocks = dx && std::is_same_v<T, float> && std::all_of(group.begin(), group.end(), [&](const auto& g) {
-                           return blocks.serve(g.grad.stride(0), g.of.weight.size(0), K);
-                         });
-  bool begun = by_blocks;
+  bool begun = false;
   for (const Gradient& g : group) {
     Backward<T> f{};
     f.grad = static_cast<const T*>(g.grad.data_ptr());
@@ -374,7 +429,9 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
     all.push_back(f);
   }
   const bool own = dx && Own<T>::serves({M, terms, widest, K});
-  // Cut as the blocks are, whether or not these threads go by them: dA and dB are the same with any number of them.
+  // In float32 the rows are cut as the blocks are, whether or not these threads go by them: dA and dB have the same
+  // bits with any number of threads.
+  const vendor::Blocks blocks = vendor::Blocks::of(M);
   Sums<T> sums(group, all, M, std::is_same_v<T, float> ? std::max<int64_t>(blocks.rows, 1) : 1, own);
   if constexpr (has_own<T>) {
     if (own) {
@@ -386,49 +443,7 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
     }
   }
   if (!own) {
-    const auto run = Rows<T>::backward();
-    const std::array<int64_t, 2> flat{M, K};
-    std::vector<vendor::Packed> packed;
-    for (size_t n = 0; by_blocks && n < group.size(); ++n) {
-      packed.emplace_back(group[n].of.weight, 0, blocks.rows);
-      multiply_rest(blocks, n > 0, torch::stable::view(*dx, flat), group[n].grad, group[n].of.weight);
-    }
-    // Both sides of the rows begin .. end - 1 of one part: a block of them, or all.
-    const auto run_rows = [&](int64_t part, int64_t begin, int64_t end) {
-      if constexpr (std::is_same_v<T, float>) {
-        for (size_t n = 0; n < packed.size(); ++n) {
-          const Backward<T>& f = all[n];
-          packed[n].multiply(f.grad + begin * f.grad_stride, f.grad_stride, n > 0, f.dx + begin * K);
-        }
-      }
-      for (const Backward<T>& f : all) {
-        if (f.r > 0) {
-          run(f, begin, end, f.parts.A(part), f.parts.B(part));
-        }
-      }
-    };
-    const Parts<W>& parts = all.front().parts;
-    torch::stable::parallel_for(0, parts.count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t p = first; p < last; ++p) {
-        for (const Backward<T>& f : all) {
-          f.parts.clear(p);
-        }
-        int64_t begin = parts.begin(p), end = parts.begin(p + 1);
-        while (begin < end) {
-          const int64_t next = by_blocks ? blocks.begin(begin / blocks.rows + 1) : end;
-          run_rows(p, begin, next);
-          begin = next;
-        }
-      }
-    });
-    for (size_t n = 0; dx && !by_blocks && M > 0 && n < group.size(); ++n) {
-      const Tensor out = torch::stable::view(*dx, flat);
-      if (std::exchange(begun, true)) {
-        add_product(out, out, group[n].grad, group[n].of.weight);
-      } else {
-        set_product(out, group[n].grad, group[n].of.weight);
-      }
-    }
+    by_vendor(group, all, blocks, dx);
   }
   for (size_t n = 0; n < group.size(); ++n) {
     sums.reduce(n, all[n], group[n]);

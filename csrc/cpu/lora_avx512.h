@@ -1,7 +1,7 @@
 // The passes of lora_rows.h by hand for AVX-512: the mask as bits that zero what a load brings (lora_masks.h), sums in
 // registers over eight ranks. Also the parts that lora_tiles.h builds on.
 //
-// A pass costs about half a percent of the frozen product at K = N = 576 in float32, the mask two percent.
+// A pass over rows in a cache costs 1.7 percent of the frozen product at K = N = 576 in float32, the mask 2.6.
 #pragma once
 
 #include "lora_masks.h"

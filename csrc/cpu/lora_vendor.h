@@ -31,45 +31,50 @@ namespace collm::lora::vendor {
 // Values of cblas.h and mkl_cblas.h.
 constexpr int kRowMajor = 101, kPlain = 111, kTransposed = 112, kPacked = 151, kMatrixB = 162;
 
-constexpr int64_t kBlockRows = 256;  // at most: both sides of a block and the weight share a cache
-constexpr int64_t kFewRows = 128;    // at least: on fewer a call costs more than it gains
-constexpr int64_t kManyBlocks = 64;
+constexpr int64_t kBlockRows = 256;                // at most: both sides of a block and the weight share a cache
+constexpr int64_t kFewRows = 128;                  // at least: on fewer a call costs more than it gains
 constexpr int64_t kMaxNumbers = int64_t{8} << 20;  // of a packed weight: it is memory beyond what a product needs
 constexpr int64_t kSlice = 1024;                   // outputs that a thread packs at least: narrower products are slower
-constexpr int64_t kPackedRows = 2048;              // rows whose product takes at least as long as packing
+constexpr int64_t kPackedRows = 2048;              // beside these packing is little: it takes 40 rows' time
 constexpr int64_t kMost = std::numeric_limits<int>::max();
+
+inline bool exists() {
+  return cblas_sgemm_pack_get_size != nullptr && cblas_sgemm_pack != nullptr && cblas_sgemm_compute != nullptr &&
+         MKL_Set_Num_Threads_Local != nullptr;
+}
 
 // The slices of outputs that a weight is packed in, each by one thread.
 inline int64_t slices_of(int64_t outputs) {
   return std::clamp<int64_t>(outputs / kSlice, 1, torch::stable::get_num_threads());
 }
 
-// M rows as blocks of `rows`, the last of them with the rest: fewer than there are blocks, or than kBlockRows.
+// M rows as blocks of `rows`, the last of them with the rest, of fewer rows than there are blocks.
 struct Blocks {
   int64_t M, count, rows;
 
-  explicit Blocks(int64_t M, int64_t wanted)
-      : M(M), count(wanted > kManyBlocks ? M / kBlockRows : wanted), rows(M / std::max<int64_t>(count, 1)) {}
+  Blocks(int64_t M, int64_t count) : M(M), count(count), rows(M / count) {}
   // Whatever the number of threads.
-  static Blocks of(int64_t M) { return Blocks(M, std::max<int64_t>(1, (M + kBlockRows - 1) / kBlockRows)); }
+  static Blocks of(int64_t M) { return {M, std::max<int64_t>(1, (M + kBlockRows - 1) / kBlockRows)}; }
   // As many for each thread, where each fills a good part of the cache.
   static Blocks for_threads(int64_t M) {
     const int64_t threads = torch::stable::get_num_threads(), at_once = threads * kBlockRows;
-    return Blocks(M, threads * std::max<int64_t>(1, (M + at_once - 1) / at_once));
+    return {M, threads * std::max<int64_t>(1, (M + at_once - 1) / at_once)};
   }
 
   int64_t whole() const { return count * rows; }
   int64_t begin(int64_t block) const { return block == count ? M : block * rows; }
+  int64_t after(int64_t row) const { return begin(row / rows + 1); }
 
-  // Whether their product, rows of `terms` that lie `stride` apart by [terms, outputs], is worth packing the weight.
-  bool serve(int64_t stride, int64_t terms, int64_t outputs) const {
+  // Whether their product, rows of `terms` that lie `stride` apart by [terms, outputs], is worth packing the weight,
+  // where threads share them out in so many parts.
+  bool serve(int64_t parts, int64_t stride, int64_t terms, int64_t outputs) const {
     const int64_t threads = torch::stable::get_num_threads();
-    // Otherwise some threads would wait for the others, for their last block or while the weight is packed: a product
-    // of all rows is cut by columns too.
-    const bool even = count % threads == 0 || count >= 8 * threads;
+    // Otherwise some threads would wait for the others, for their last part or while the weight is packed: a product of
+    // all rows is cut by columns too.
+    const bool even = parts % threads == 0 || parts >= 8 * threads;
     const bool packs = (threads / slices_of(outputs) - 1) * kPackedRows <= M;
-    return cblas_sgemm_compute != nullptr && MKL_Set_Num_Threads_Local != nullptr && rows >= kFewRows && even &&
-           packs && terms > 0 && outputs > 0 && terms * outputs <= kMaxNumbers && stride >= terms && stride <= kMost;
+    return exists() && rows >= kFewRows && even && packs && terms > 0 && outputs > 0 &&
+           terms * outputs <= kMaxNumbers && stride >= terms && stride <= kMost;
   }
 };
 

@@ -205,14 +205,14 @@ def test_arithmetic_without_terms(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("M", "K", "projections"),
     [
-        (331, 96, [(72, 5), (300, 0), (33, 8)]),  # our own products, with tails of rows, terms and outputs
+        (331, 96, [(72, 5), (300, 0), (33, 8)]),  # tails of rows, terms and outputs
         (259, 700, [(49, 5), (50, 17)]),
         (300, 130, [(961, 8), (64, 8)]),  # more terms than stand side by side
         (41, 50, [(33, 3), (31, 0)]),  # fewer rows
         (600, 64, [(640, 0), (64, 8), (200, 0)]),  # blocks of steps that end inside a projection
     ],
 )
-def test_kernels_of_our_own(dtype: torch.dtype, M: int, K: int, projections: list[tuple[int, int]]) -> None:
+def test_packed_weights(dtype: torch.dtype, M: int, K: int, projections: list[tuple[int, int]]) -> None:
     case = make((M, K), projections, dtype)
     check(case, **drop())
     check(case)
