@@ -192,6 +192,13 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, Scala
   return Tensor(made);
 }
 
+// The same matrix, row after row.
+inline Tensor copied(const Tensor& matrix) {
+  const std::array<int64_t, 2> sizes{matrix.size(0), matrix.size(1)};
+  Tensor copy = torch::stable::new_empty(matrix, sizes);
+  return torch::stable::copy_(copy, matrix);
+}
+
 // [..., C] as [M, C] whose rows are contiguous; a view where the strides allow it, as in torch's own linear.
 inline Tensor as_rows(const Tensor& tensor) {
   const int64_t C = tensor.size(tensor.dim() - 1);
@@ -203,23 +210,14 @@ inline Tensor as_rows(const Tensor& tensor) {
     M *= tensor.size(d);
   }
   const std::array<int64_t, 2> sizes{M, C};
-  Tensor rows = torch::stable::reshape(tensor, sizes);
-  if (C > 1 && rows.stride(1) != 1) {
-    Tensor copy = torch::stable::new_empty(rows, sizes);
-    return torch::stable::copy_(copy, rows);
-  }
-  return rows;
+  const Tensor rows = torch::stable::reshape(tensor, sizes);
+  return C > 1 && rows.stride(1) != 1 ? copied(rows) : rows;
 }
 
 // The same without gaps between the rows.
 inline Tensor packed_rows(const Tensor& tensor) {
-  Tensor rows = as_rows(tensor);
-  if (rows.is_contiguous()) {
-    return rows;
-  }
-  const std::array<int64_t, 2> sizes{rows.size(0), rows.size(1)};
-  Tensor copy = torch::stable::new_empty(rows, sizes);
-  return torch::stable::copy_(copy, rows);
+  const Tensor rows = as_rows(tensor);
+  return rows.is_contiguous() ? rows : copied(rows);
 }
 
 inline Tensor new_rows(const Tensor& like, std::vector<int64_t> sizes, int64_t last, ScalarType type) {

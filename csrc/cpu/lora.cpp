@@ -199,7 +199,7 @@ void forward_into(const Tensor& x, const Projection& of, double scaling, double 
     return;
   }
   const auto run = Rows<T>::forward();
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (vendor::cuts<T>) {
     const vendor::Blocks blocks = vendor::Blocks::for_threads(M);
     if (blocks.serve(blocks.count, f.x_stride, K, f.N)) {
       const vendor::Packed packed(of.weight, 1, blocks.rows);
@@ -344,10 +344,9 @@ class Sums {
 template <typename T>
 void by_vendor(const std::vector<Gradient>& group, std::vector<Backward<T>>& all, const vendor::Blocks& blocks,
                const std::optional<Tensor>& dx) {
-  constexpr bool cut = std::is_same_v<T, float>;
   const Parts<typename Wide<T>::type>& parts = all.front().parts;
   const int64_t M = parts.M, K = all.front().K;
-  const bool by_blocks = cut && dx && std::all_of(group.begin(), group.end(), [&](const Gradient& g) {
+  const bool by_blocks = vendor::cuts<T> && dx && std::all_of(group.begin(), group.end(), [&](const Gradient& g) {
                            return blocks.serve(parts.count, g.grad.stride(0), g.of.weight.size(0), K);
                          });
   const std::array<int64_t, 2> flat{M, K};
@@ -359,7 +358,7 @@ void by_vendor(const std::vector<Gradient>& group, std::vector<Backward<T>>& all
   }
   const auto run = Rows<T>::backward();
   const auto run_rows = [&](int64_t part, int64_t begin, int64_t end) {
-    if constexpr (cut) {
+    if constexpr (vendor::cuts<T>) {
       for (size_t n = 0; n < packed.size(); ++n) {
         const Backward<T>& f = all[n];
         packed[n].multiply(f.grad + begin * f.grad_stride, f.grad_stride, n > 0, f.dx + begin * K);
@@ -378,7 +377,7 @@ void by_vendor(const std::vector<Gradient>& group, std::vector<Backward<T>>& all
       }
       int64_t begin = parts.begin(p), end = parts.begin(p + 1);
       while (begin < end) {
-        const int64_t next = cut ? blocks.after(begin) : end;
+        const int64_t next = vendor::cuts<T> ? blocks.after(begin) : end;
         run_rows(p, begin, next);
         begin = next;
       }
@@ -432,7 +431,7 @@ void backward_into(const Backwards& call, double scaling, double dropout_p) {
   // In float32 the rows are cut as the blocks are, whether or not these threads go by them: dA and dB have the same
   // bits with any number of threads.
   const vendor::Blocks blocks = vendor::Blocks::of(M);
-  Sums<T> sums(group, all, M, std::is_same_v<T, float> ? std::max<int64_t>(blocks.rows, 1) : 1, own);
+  Sums<T> sums(group, all, M, vendor::cuts<T> ? std::max<int64_t>(blocks.rows, 1) : 1, own);
   if constexpr (has_own<T>) {
     if (own) {
       std::vector<Frozen> weights;

@@ -35,12 +35,6 @@ COLLM_AVX512_INLINE void keep_all(int64_t n, uint16_t* keep) {
   }
 }
 
-COLLM_AVX512_INLINE void copy_keep(int64_t n, const uint16_t* from, uint16_t* to) {
-  for (int64_t w = 0; w < round_up(n, 64) / 16; w += 4) {
-    std::memcpy(to + w, from + w, 4 * sizeof(uint16_t));
-  }
-}
-
 // c = one round of Philox of eight counters whose words lie in the low halves of 64-bit lanes: a product needs no
 // shuffle there, and what a shift or an exclusive or leaves in the high halves the next product does not read.
 COLLM_AVX512_INLINE void philox_round(__m512i (&c)[4], const uint64_t& k0, const uint64_t& k1) {
@@ -102,7 +96,11 @@ class Drawing {
         threshold_(d.threshold) {
     if (d.threshold == 0) {
       for (; row_done_ < rows_; ++row_done_) {
-        row_done_ == 0 ? keep_all(n, keep) : copy_keep(n, keep, keep + row_done_ * stride);
+        if (row_done_ == 0) {
+          keep_all(n, keep);
+        } else {
+          std::copy_n(keep, keep_stride(n), keep + row_done_ * stride);
+        }
       }
       for (Ahead& ahead : ahead_) {
         ahead.left = ahead.bytes > 0 ? rows_ * ahead.stride : 0;

@@ -6,7 +6,6 @@
 #include "lora_tile_passes.h"
 
 #include <algorithm>
-#include <array>
 #include <type_traits>
 #include <vector>
 
@@ -46,9 +45,7 @@ class Packed {
     for (size_t n = 0; n < parts.size(); ++n) {
       Tensor w = parts[n].weight;
       if (w.stride(0) != 1 && w.stride(1) != 1) {
-        const std::array<int64_t, 2> sizes{w.size(0), w.size(1)};
-        Tensor copy = torch::stable::new_empty(w, sizes);
-        w = torch::stable::copy_(copy, w);
+        w = copied(w);
       }
       const T* from = static_cast<const T*>(w.data_ptr());
       const int64_t term_stride = w.stride(term), output_stride = w.stride(1 - term);

@@ -10,8 +10,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 // As in oneMKL's reference for C; weak, because a torch may be without them.
@@ -37,6 +37,10 @@ constexpr int64_t kMaxNumbers = int64_t{8} << 20;  // of a packed weight: it is 
 constexpr int64_t kSlice = 1024;                   // outputs that a thread packs at least: narrower products are slower
 constexpr int64_t kPackedRows = 2048;              // beside these packing is little: it takes 40 rows' time
 constexpr int64_t kMost = std::numeric_limits<int>::max();
+
+// Whether rows of T are cut in blocks at all.
+template <typename T>
+constexpr bool cuts = std::is_same_v<T, float>;
 
 inline bool exists() {
   return cblas_sgemm_pack_get_size != nullptr && cblas_sgemm_pack != nullptr && cblas_sgemm_compute != nullptr &&
@@ -92,9 +96,7 @@ class Packed {
       return w.stride(along) == 1 && stride >= w.size(along) && stride <= kMost;
     };
     if (!lies(0) && !lies(1)) {
-      const std::array<int64_t, 2> sizes{w.size(0), w.size(1)};
-      Tensor copy = torch::stable::new_empty(w, sizes);
-      w = torch::stable::copy_(copy, w);
+      w = copied(w);
     }
     const int64_t along = lies(1) ? 1 : 0, slices = slices_of(outputs_), apart = w.stride(1 - term);
     const float* from = static_cast<const float*>(w.data_ptr());
